@@ -1,0 +1,1 @@
+"""One site: its records, its training, its side of a round."""

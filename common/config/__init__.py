@@ -1,0 +1,1 @@
+"""What the sides agree on, read from TOML and checked at once."""

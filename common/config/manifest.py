@@ -1,0 +1,330 @@
+"""The federation manifest: everything that the sides must agree on, as one frozen model.
+
+This file knows the fields, their units and ranges. Reading TOML, `--set` and error lines are in
+`loading.py`; the annotated file of `coadapt init` is written from these descriptions in `annotate.py`.
+"""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+__all__ = [
+    "DEFAULT_BASE",
+    "DEFAULT_REVISION",
+    "DEFAULT_WEIGHTS_SHA256",
+    "METRICS",
+    "AdapterSection",
+    "AggregationSection",
+    "DataSection",
+    "EvaluationSection",
+    "Manifest",
+    "ModelSection",
+    "Section",
+    "SimulationSection",
+    "TaskSection",
+    "TrainingSection",
+]
+
+DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+DEFAULT_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+TaskKind = Literal["text-classification", "token-classification", "causal-lm"]
+
+# The built-in metrics of each task; the first is the default for choosing between rounds.
+METRICS: dict[str, tuple[str, ...]] = {
+    "text-classification": ("accuracy", "macro_f1", "loss"),
+    "token-classification": ("entity_f1", "entity_precision", "entity_recall", "loss"),
+    "causal-lm": ("bits_per_byte", "perplexity", "loss"),
+}
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+ImportPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A table of the manifest: frozen, unknown keys refused, numbers never read from strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model, pinned by content."""
+
+    base: str = Field(
+        DEFAULT_BASE,
+        min_length=1,
+        description="hub id of the base model, or a local directory (absolute, or relative to this file)",
+    )
+    revision: str | None = Field(
+        None, description="commit of the hub repository, 40 hex digits; required for a hub id, not used for a directory"
+    )
+    weights_sha256: Sha256 | None = Field(
+        None,
+        description="SHA-256 of the base's safetensors weights (of several files: of their sorted 'name:sha256' lines);"
+        " required for a hub id, filled in by `coadapt init`",
+    )
+    tokenizer_sha256: Sha256 | None = Field(
+        None,
+        description="SHA-256 of tokenizer.json, or of the sorted 'name:sha256' lines of the other tokenizer files",
+    )
+    pooling: Literal["auto", "mean", "cls", "last"] = Field(
+        "auto",
+        description="how token vectors become one vector for classification;"
+        " auto: as the base's own files say, else mean for encoders and last for causal models",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base_is_pinned(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("base", DEFAULT_BASE) == DEFAULT_BASE:
+            revision = values.get("revision") or DEFAULT_REVISION
+            weights = DEFAULT_WEIGHTS_SHA256 if revision == DEFAULT_REVISION else None
+            return {**values, "revision": revision, "weights_sha256": values.get("weights_sha256") or weights}
+        return values
+
+    @model_validator(mode="after")
+    def _revision_is_a_commit(self) -> Self:
+        if self.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(f"revision must be a commit of 40 hex digits, found {self.revision!r}")
+        return self
+
+
+class TaskSection(Section):
+    """What the model learns to do."""
+
+    kind: TaskKind = Field(description="text-classification, token-classification or causal-lm")
+    labels: tuple[str, ...] = Field(
+        (),
+        description="ordered list of labels; for token-classification the entity types, of which the BIO tags"
+        " O, B-x, I-x are made; empty for causal-lm",
+    )
+    prompt: str = Field(
+        "auto",
+        description="causal-lm: template of the prompt with {instruction} and {input};"
+        " auto: the tokenizer's chat template, or a built-in one where it has none",
+    )
+    prompt_sha256: Sha256 | None = Field(
+        None, description="SHA-256 of the prompt template that is in force, causal-lm only; filled in by `coadapt init`"
+    )
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The BIO tags of token classification in their agreed order: O, then B-x and I-x for each type."""
+        return ("O", *(f"{prefix}-{label}" for label in self.labels for prefix in "BI"))
+
+    @model_validator(mode="after")
+    def _labels_fit_the_kind(self) -> Self:
+        least = {"text-classification": 2, "token-classification": 1, "causal-lm": 0}[self.kind]
+        if self.kind == "causal-lm" and self.labels:
+            raise ValueError(f"labels must be empty for causal-lm, found {len(self.labels)}")
+        if len(self.labels) < least:
+            raise ValueError(f"labels must list at least {least} for {self.kind}, found {len(self.labels)}")
+        repeated = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"labels must differ from each other, found {repeated[0]!r} twice")
+        if any(not label.strip() for label in self.labels):
+            raise ValueError("labels must not be blank")
+        if self.kind == "token-classification" and any(re.match(r"^(O$|[BI]-)", label) for label in self.labels):
+            raise ValueError("labels must be entity types such as 'Disease'; the tags O, B-x and I-x are made of them")
+        if self.prompt != "auto" and "{instruction}" not in self.prompt:
+            raise ValueError("prompt must hold {instruction} (and may hold {input}), or be 'auto'")
+        return self
+
+
+class Columns(Section):
+    """Names of the columns in the data files."""
+
+    text: str = Field("text", description="text-classification: the text")
+    label: str = Field("label", description="text-classification: the label, one of task.labels")
+    tokens: str = Field("tokens", description="token-classification: list of words")
+    tags: str = Field("tags", description="token-classification: list of BIO tags, as long as the words")
+    instruction: str = Field("instruction", description="causal-lm: what is asked")
+    input: str = Field("input", description="causal-lm: context of the question; the column may be missing")
+    output: str = Field("output", description="causal-lm: the answer, the only part that the loss is taken on")
+    unit: str = Field(
+        "unit", description="the privacy unit (person, matter, document); if the column is missing each record is one"
+    )
+    group: str = Field("group", description="natural owner of the record, for simulations; the column may be missing")
+
+
+class DataSection(Section):
+    """How records are read."""
+
+    columns: Columns = Field(default_factory=Columns, description="names of the columns in the data files")
+    unicode: Literal["NFC", "NFKC", "none"] = Field("NFC", description="Unicode normalisation of every text")
+    max_length: int = Field(
+        128, ge=8, le=131072, description="longest input, tokens; longer ones are cut, counted and reported"
+    )
+
+
+class AdapterSection(Section):
+    """The trainable low-rank adapter (LoRA, Hu et al. 2021); the task's head is trained and shipped with it."""
+
+    method: Literal["lora"] = Field("lora", description="adapter method")
+    rank: int = Field(8, ge=1, le=1024, description="rank r of the update B A")
+    alpha: float = Field(16.0, gt=0, description="scale of the update is alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input, probability")
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="names of the linear layers that get an adapter; auto: all of the base's, without the head"
+    )
+
+    @model_validator(mode="after")
+    def _targets_are_named(self) -> Self:
+        if self.targets == ():
+            raise ValueError("targets must name at least one layer, or be 'auto'")
+        return self
+
+
+class TrainingSection(Section):
+    """What a site does in a round. Steps are numbers, never epochs: an epoch would tell how many records a site has."""
+
+    rounds: int = Field(5, ge=1, le=10000, description="rounds of the run")
+    local_steps: int = Field(20, ge=1, le=100000, description="optimiser steps of each site in a round")
+    batch_size: int = Field(16, ge=1, le=65536, description="records in one optimiser step")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="records in one forward pass; gradients add up to batch_size; default: batch_size"
+    )
+    learning_rate: float = Field(1e-3, gt=0, le=1.0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, le=1.0, description="decoupled weight decay of AdamW")
+    warmup_steps: int = Field(10, ge=0, description="steps from 0 to the peak learning rate, once in a run")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="learning rate after warm-up, over the steps of the whole run"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="largest L2 norm of a step's gradient; larger ones are scaled")
+    proximal_mu: float = Field(
+        0.0, ge=0, description="FedProx term: adds mu/2 times the squared distance to the round's adapter to the loss"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="arithmetic of forward and backward pass; auto: bf16 where the processor has it"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the first adapter, and of a simulation's batches")
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> Self:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"micro_batch_size must divide batch_size {self.batch_size}, found {micro}")
+        return self
+
+
+class AggregationSection(Section):
+    """How the coordinator combines what the sites send."""
+
+    method: Literal["mean"] = Field("mean", description="mean: weighted mean of the sites' changes to the adapter")
+    weighting: Literal["records", "uniform"] = Field("records", description="weight of a site in the mean")
+    min_sites: int = Field(2, ge=1, description="fewest sites that must answer; with fewer the run stops")
+
+
+class EvaluationSection(Section):
+    """How the federation sees whether it learns. Choices are made on held-out records of the sites, never on test."""
+
+    metrics: tuple[str, ...] = Field(
+        (),
+        description="figures to report: names of the task's metrics, or import paths 'module:function'"
+        " of f(predicted, expected) -> number; empty: all of the task's",
+    )
+    holdout: Fraction = Field(
+        0.1, description="share of each site's units kept out of training to measure on, where no dev file is given"
+    )
+    max_records: int = Field(500, ge=1, description="most held-out records that a site measures on in a round")
+    batch_size: int = Field(64, ge=1, le=65536, description="records in one forward pass when measuring")
+    select: Literal["last", "best"] = Field(
+        "last", description="the round whose adapter is the result: the last, or the best on the held-out records"
+    )
+
+
+class SimulationSection(Section):
+    """Who owns which records when one machine plays all sites. Not part of what the sides agree on."""
+
+    sites: int | tuple[Name, ...] = Field(6, description="number of sites, or their names")
+    partitioner: str = Field(
+        "iid",
+        description="natural (by the group column), iid, dirichlet (label skew), quantity (size skew), or"
+        " 'module:function'; always by unit",
+    )
+    concentration: float = Field(
+        0.5, gt=0, description="Dirichlet concentration of dirichlet and quantity: smaller is more skewed"
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of partition and splits")
+    train: str | None = Field(None, description="file of records (.jsonl, .csv, .parquet, .gz of the first two)")
+    dev: str | None = Field(None, description="file of held-out records, dealt to the sites; none: evaluation.holdout")
+    test: str | None = Field(None, description="file of test records, measured once at the end; none: test_fraction")
+    source: ImportPath | None = Field(
+        None, description="instead of files: 'module:function' of f(split, seed) -> records, split train, dev or test"
+    )
+    test_fraction: Fraction = Field(0.1, description="share of units kept for testing where no test file is given")
+    max_records: int | None = Field(None, ge=1, description="use only the first units up to so many training records")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="processes that train sites at the same time; auto: one per core, as memory allows"
+    )
+    baselines: bool = Field(False, description="also measure untuned, local only and centralised training")
+
+    @model_validator(mode="after")
+    def _records_come_from_somewhere(self) -> Self:
+        if (self.train is None) == (self.source is None):
+            raise ValueError("exactly one of train (a file) and source (an import path) must be given")
+        if self.source is not None and (self.dev or self.test):
+            raise ValueError("dev and test are files beside train; a source gives its own splits")
+        count = self.sites if isinstance(self.sites, int) else len(self.sites)
+        if count < 1:
+            raise ValueError(f"sites must be at least 1, found {count}")
+        if not isinstance(self.sites, int) and len(set(self.sites)) != count:
+            raise ValueError("sites must have different names")
+        known = ("natural", "iid", "dirichlet", "quantity")
+        if self.partitioner not in known and ":" not in self.partitioner:
+            raise ValueError(
+                f"partitioner must be one of {', '.join(known)} or 'module:function', found {self.partitioner!r}"
+            )
+        return self
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the sites in order; `site-1`, `site-2`, ... where only their number is given."""
+        if isinstance(self.sites, int):
+            return tuple(f"site-{number + 1}" for number in range(self.sites))
+        return self.sites
+
+
+class Manifest(Section):
+    """A whole `federation.toml`."""
+
+    version: Literal[1] = Field(description="version of this file's format")
+    name: Name = Field(description="short name of the federation: letters, digits, '.', '_', '-'")
+    description: str = Field("", description="one line for people")
+    model: ModelSection = Field(default_factory=ModelSection)
+    task: TaskSection
+    data: DataSection = Field(default_factory=DataSection)
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    aggregation: AggregationSection = Field(default_factory=AggregationSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    simulation: SimulationSection | None = None
+
+    @model_validator(mode="after")
+    def _metrics_fit_the_task(self) -> Self:
+        known = METRICS[self.task.kind]
+        for metric in self.evaluation.metrics:
+            if metric not in known and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", metric):
+                raise ValueError(
+                    f"evaluation.metrics: {metric!r} is no metric of {self.task.kind};"
+                    f" known: {', '.join(known)}, or 'module:function'"
+                )
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures to report, the first of which chooses between rounds."""
+        return self.evaluation.metrics or METRICS[self.task.kind]
+
+    def digest(self) -> str:
+        """SHA-256 in hex of everything agreed: the canonical JSON without the `simulation` table."""
+        agreed = self.model_dump(mode="json", exclude={"simulation"})
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

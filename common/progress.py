@@ -1,0 +1,163 @@
+"""What happens in a run, as events: dataclasses, and their JSON Lines stream. Drawing is elsewhere.
+
+A stream is a file of one JSON object a line: `{"time": <seconds since 1970>, "event": <name>, ...fields}`.
+Each line is flushed to the disk when it is written, so a run that dies leaves every event that happened.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+__all__ = [
+    "BaselineFinished",
+    "Event",
+    "EventLog",
+    "EventSink",
+    "PhaseStarted",
+    "RoundFinished",
+    "RoundStarted",
+    "RunStarted",
+    "RunStopped",
+    "SiteFailed",
+    "SiteFinished",
+    "read_events",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Anything that happened; `time` is in seconds since 1970."""
+
+    time: float = field(default_factory=time.time)
+
+    # Filled by __init_subclass__ with the events by name, for reading a stream back.
+    kinds: ClassVar[dict[str, type["Event"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Event.kinds[cls.name()] = cls
+
+    @classmethod
+    def name(cls) -> str:
+        """Name in the stream: the class's name in snake_case."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """A run begins: its name, its sites in order, its rounds, and the metrics it reports (first one chooses)."""
+
+    run_id: str
+    federation: str
+    sites: tuple[str, ...]
+    rounds: int
+    metrics: tuple[str, ...]
+    trainable_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseStarted(Event):
+    """A part of the run begins: start-up, rounds, validation, baselines, test or report."""
+
+    phase: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundStarted(Event):
+    """Round `round` (from 1) begins with `sites` invited."""
+
+    round: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFinished(Event):
+    """A site answered. `train_loss` is its mean over the round's steps; `seconds` its time in training steps."""
+
+    round: int
+    site: str
+    train_loss: float
+    examples: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFailed(Event):
+    """A site did not answer or refused; `code` is the fixed word it gave, never text from its records."""
+
+    round: int
+    site: str
+    code: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFinished(Event):
+    """Round `round` is aggregated and stored; round 0 is the first adapter, before any training.
+
+    `train_loss` is the mean of the answering sites, None in round 0. `validation` holds the figures on the
+    sites' held-out records; empty where nothing is held out. `seconds` is wall time.
+    """
+
+    round: int
+    train_loss: float | None
+    validation: dict[str, float]
+    answered: int
+    failed: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineFinished(Event):
+    """One row of the comparison was measured on the test set: untuned, local:<site>, federated or centralised."""
+
+    baseline: str
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStopped(Event):
+    """The run ended: `status` is finished, interrupted or failed; `reason` says why it was not finished."""
+
+    status: str
+    reason: str = ""
+
+
+EventSink = Callable[[Event], None]
+
+
+class EventLog:
+    """Appends events to a JSON Lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        """Write `event` as one line and flush it to the disk."""
+        line = {"time": event.time, "event": event.name(), **dataclasses.asdict(event)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what was written stays."""
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Events of a stream in order; a last line that was cut by a crash is left out."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            values: dict[str, Any] = json.loads(line)
+            kind = Event.kinds[values.pop("event")]
+            yield kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

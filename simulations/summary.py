@@ -1,0 +1,156 @@
+"""`summary.json`: all figures of a run in one documented shape, which `report.html` is drawn from.
+
+Figures are dictionaries from a metric's name (`accuracy`, `macro_f1`, `entity_f1`, `bits_per_byte`, `loss`, ...)
+to its value. Bytes are bytes of encoded envelopes. Seconds are wall time where nothing else is said.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "BaseModelFacts",
+    "CleaningFacts",
+    "DataFacts",
+    "Failure",
+    "MachineFacts",
+    "RoundFacts",
+    "RunSummary",
+    "SiteFacts",
+    "TableRow",
+    "Timing",
+]
+
+Figures = dict[str, float]
+
+
+class Facts(BaseModel):
+    """Part of a summary: frozen, unknown keys refused. NaN and infinity are written as strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class BaseModelFacts(Facts):
+    """The base model and what is trained of it."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    parameters: int = Field(description="all parameters of base and head, without the adapter")
+    trainable_parameters: int = Field(description="parameters that are trained and sent")
+    precision: str = Field(description="bf16 or fp32")
+
+
+class CleaningFacts(Facts):
+    """What cleaning changed or removed over all splits."""
+
+    normalised: int = Field(description="records whose text Unicode normalisation changed")
+    control_characters: int = Field(description="records that lost control characters")
+    duplicates: int = Field(description="records removed as exact duplicates within their unit")
+    empty: int = Field(description="records removed because nothing was left of their text")
+
+
+class DataFacts(Facts):
+    """The data as it was read and split."""
+
+    records: dict[str, int] = Field(description="records in train, dev and test")
+    units: dict[str, int] = Field(description="privacy units in train, dev and test")
+    cleaning: CleaningFacts
+    truncated: dict[str, int] = Field(description="records cut to data.max_length, in train, dev and test")
+    partitioner: str
+
+
+class Failure(Facts):
+    """A site that sat a round out."""
+
+    round: int
+    site: str
+    code: str
+
+
+class SiteFacts(Facts):
+    """One site. `labels` counts its training records by label (entities by type); empty for causal-lm."""
+
+    name: str
+    records: int
+    held_out: int
+    units: int
+    labels: dict[str, int]
+    train_loss: list[float | None] = Field(description="mean loss of each round from round 1; null where it sat out")
+    validation: list[Figures | None] = Field(
+        description="figures of each round's adapter on the site's held-out records, from round 0; null: unknown"
+    )
+    seconds: float = Field(description="time in training steps over all rounds")
+    bytes_up: int
+    bytes_down: int
+    local_only: Figures | None = Field(description="this site training alone, measured on the test set")
+
+
+class RoundFacts(Facts):
+    """One finished round; round 0 is the first adapter, before any training."""
+
+    round: int
+    train_loss: float | None
+    validation: Figures
+    answered: int
+    failed: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    training_seconds: float = Field(description="longest time that one site spent in training steps")
+
+
+class TableRow(Facts):
+    """A row of the comparison on the test set."""
+
+    name: Literal["untuned", "local only (mean)", "local only (best site)", "federated", "centralised"]
+    figures: Figures
+    examples_seen: int = Field(description="training examples behind the row, repetitions counted")
+
+
+class Timing(Facts):
+    """Seconds of the run's parts; `total` is wall time of all."""
+
+    startup: float
+    rounds: float
+    validation: float = Field(description="measuring the last round's adapter on held-out records")
+    baselines: float
+    test: float
+    total: float
+
+
+class MachineFacts(Facts):
+    """Where the run ran."""
+
+    cores: int
+    memory_gib: float
+    devices: list[str]
+    workers: int
+    threads_per_worker: int
+    python: str
+    torch: str
+
+
+class RunSummary(Facts):
+    """A whole `summary.json`. `version` changes when a field changes its meaning."""
+
+    version: Literal[1] = 1
+    run_id: str
+    federation: str
+    description: str
+    status: Literal["finished", "interrupted", "failed"]
+    reason: str = Field("", description="why the run did not finish")
+    manifest_sha256: str
+    task: str
+    metrics: list[str] = Field(description="reported metrics; the first one chooses between rounds")
+    model: BaseModelFacts
+    data: DataFacts
+    sites: list[SiteFacts]
+    rounds: list[RoundFacts] = Field(description="finished rounds from round 0")
+    selected_round: int = Field(description="round whose adapter is the result")
+    table: list[TableRow]
+    failures: list[Failure]
+    overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")
+    timing: Timing
+    machine: MachineFacts
+    seeds: int = Field(1, description="number of seeds behind the figures")
