@@ -4,6 +4,7 @@ A stream is a file of one JSON object a line: `{"time": <seconds since 1970>, "e
 Each line is flushed to the disk when it is written, so a run that dies leaves every event that happened.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from common.errors import RunError
+
 __all__ = [
     "BaselineFinished",
     "Event",
@@ -22,6 +25,7 @@ __all__ = [
     "PhaseStarted",
     "RoundFinished",
     "RoundStarted",
+    "RoundValidated",
     "RunStarted",
     "RunStopped",
     "SiteFailed",
@@ -99,20 +103,29 @@ class SiteFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundFinished(Event):
-    """Round `round` is aggregated and stored; round 0 is the first adapter, before any training.
+    """Round `round` (from 1) is aggregated and stored.
 
-    `train_loss` is the mean of the answering sites, None in round 0. `validation` holds the figures on the
-    sites' held-out records; empty where nothing is held out. `seconds` is wall time.
+    `train_loss` is the mean of the answering sites. `seconds` is wall time.
     """
 
     round: int
-    train_loss: float | None
-    validation: dict[str, float]
+    train_loss: float
     answered: int
     failed: int
     bytes_up: int
     bytes_down: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundValidated(Event):
+    """The adapter of round `round` (0: the first one) was measured on the sites' held-out records.
+
+    The sites measure an adapter when they receive it, so this comes with the answers of the next round.
+    """
+
+    round: int
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,18 +151,23 @@ class EventLog:
     """Appends events to a JSON Lines file."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
-        """Write `event` as one line and flush it to the disk."""
+        """Write `event` as one line and flush it to the disk; a RunError says what the disk refused."""
         line = {"time": event.time, "event": event.name(), **dataclasses.asdict(event)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}; the lines before are whole") from error
 
     def close(self) -> None:
         """Close the file; what was written stays."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was reported when the line was written
+            self._file.close()
 
 
 def read_events(path: Path) -> Iterator[Event]:

@@ -9,7 +9,7 @@ import hashlib
 
 import numpy as np
 
-__all__ = ["seeded", "seeded_int"]
+__all__ = ["seed_dropout", "seeded", "seeded_int"]
 
 
 def seeded_int(seed: int, *labels: str | int) -> int:
@@ -24,3 +24,10 @@ def seeded(seed: int, *labels: str | int) -> np.random.Generator:
     Equal seeds and labels give equal streams on every machine (PCG64, seeded with SHA-256 of seed and labels).
     """
     return np.random.Generator(np.random.PCG64(seeded_int(seed, *labels)))
+
+
+def seed_dropout(seed: int, *labels: str | int) -> None:
+    """Seed torch's global generators, which dropout draws from; nothing else of Coadapt may draw from them."""
+    import torch
+
+    torch.manual_seed(seeded_int(seed, "dropout", *labels))

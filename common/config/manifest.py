@@ -325,6 +325,11 @@ class Manifest(Section):
         return self.evaluation.metrics or METRICS[self.task.kind]
 
     def digest(self) -> str:
-        """SHA-256 in hex of everything agreed: the canonical JSON without the `simulation` table."""
+        """SHA-256 in hex of everything agreed: the canonical JSON without the `simulation` table.
+
+        Where a side finds a base whose weights are pinned is its own business, so its name is left out then.
+        """
         agreed = self.model_dump(mode="json", exclude={"simulation"})
+        if self.model.weights_sha256 is not None:
+            del agreed["model"]["base"], agreed["model"]["revision"]
         return hashlib.sha256(json.dumps(agreed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

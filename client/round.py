@@ -1,0 +1,103 @@
+"""One round at a site, top to bottom: check, measure, train, reply."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from client.resident import Resident
+from client.sampling import batches
+from client.state import SiteState
+from client.training.loop import train
+from common.adapters import get_state, set_state
+from common.codec.state import AdapterState, state_digest
+from common.config.manifest import Manifest
+from common.errors import MessageError
+from common.evaluation import measure
+from common.messages import Envelope, Evaluate, Evaluated, RoundDone, RoundStart
+from common.metrics import Counts
+from common.randomness import seed_dropout
+from common.tasks.task import Example
+
+__all__ = ["SiteData", "evaluate", "train_round"]
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's examples, encoded: what it trains on and what it keeps out of training."""
+
+    name: str
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+def train_round(
+    envelope: Envelope, start: RoundStart, manifest: Manifest, site: SiteData, resident: Resident, state: SiteState
+) -> tuple[Envelope, SiteState]:
+    """Answer a RoundStart with the change of the adapter.
+
+    Raises:
+        MessageError: the round came before, lies outside the run, or the adapter is not the one announced.
+        NotFiniteLoss: training diverged.
+    """
+    section = manifest.training
+    # 1. Check what came: a round is answered once, and only for the adapter it speaks of.
+    if not state.last_round < start.round <= section.rounds:
+        raise MessageError(f"round {start.round} must follow round {state.last_round} and be at most {section.rounds}")
+    _check_adapter(envelope, start.adapter_sha256)
+    # 2. Measure the adapter as it arrived, on records that are never trained on.
+    set_state(resident.model, envelope.tensors)
+    counts = _counts(manifest, site, resident) if start.evaluate else {}
+    # 3. Train the agreed number of steps, going on in the site's records where the last round ended.
+    seed_dropout(section.seed, site.name, start.round)
+    outcome = train(
+        resident.model,
+        resident.task,
+        site.train,
+        batches(len(site.train), section.batch_size, seed=section.seed, site=site.name, cursor=state.cursor),
+        section,
+        first_step=(start.round - 1) * section.local_steps,
+        steps=section.local_steps,
+        total_steps=section.rounds * section.local_steps,
+        precision=resident.precision,
+    )
+    # 4. Reply with the change alone.
+    after = get_state(resident.model)
+    change: AdapterState = {name: after[name] - envelope.tensors[name] for name in after}
+    header = RoundDone(
+        manifest_sha256=start.manifest_sha256,
+        run_id=start.run_id,
+        round=start.round,
+        adapter_sha256=start.adapter_sha256,
+        records=len(site.train),
+        examples=outcome.examples,
+        loss=outcome.loss,
+        counts=counts,
+        seconds=outcome.seconds,
+    )
+    moved = replace(state, cursor=state.cursor + outcome.examples, last_round=start.round)
+    return Envelope(header=header, tensors=change), moved
+
+
+def evaluate(envelope: Envelope, request: Evaluate, manifest: Manifest, site: SiteData, resident: Resident) -> Envelope:
+    """Answer an Evaluate with counts on the site's held-out records."""
+    _check_adapter(envelope, request.adapter_sha256)
+    set_state(resident.model, envelope.tensors)
+    values = request.model_dump(exclude={"kind"})
+    return Envelope(header=Evaluated(**values, counts=_counts(manifest, site, resident)))
+
+
+def _check_adapter(envelope: Envelope, announced: str) -> None:
+    if state_digest(envelope.tensors) != announced:
+        raise MessageError("the adapter in the envelope is not the one that its header announces")
+
+
+def _counts(manifest: Manifest, site: SiteData, resident: Resident) -> Counts:
+    if not site.held_out:
+        return {}
+    return measure(
+        resident.model,
+        resident.task,
+        site.held_out,
+        batch_size=manifest.evaluation.batch_size,
+        precision=resident.precision,
+        metrics=manifest.metrics,
+    )

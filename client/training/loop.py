@@ -1,0 +1,98 @@
+"""The local training loop: a number of optimiser steps on one site's examples."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from common.config.manifest import TrainingSection
+from common.errors import NotFiniteLoss
+from common.tasks.task import Example, Task
+
+__all__ = ["Outcome", "learning_rate", "train"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training did: mean loss over the steps, examples seen (repetitions counted), seconds in the steps."""
+
+    loss: float
+    examples: int
+    seconds: float
+
+
+def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
+    """Learning rate of step `step` (from 0) of a whole run: linear warm-up, then the manifest's schedule to zero."""
+    if step < section.warmup_steps:
+        return section.learning_rate * (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[section.schedule]
+    return section.learning_rate * max(0.0, factor)
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Example],
+    batches: Iterator[list[int]],
+    section: TrainingSection,
+    *,
+    first_step: int,
+    steps: int,
+    total_steps: int,
+    precision: str,
+) -> Outcome:
+    """Take `steps` AdamW steps from the model's present adapter, in place.
+
+    The optimiser starts afresh, as it must where the adapter came from the coordinator. A step's gradient is the mean
+    over its batch, whatever the size of the micro-batches. With `proximal_mu` the FedProx term (Li et al. 2020,
+    equation 2) pulls towards the adapter that training started from.
+
+    Raises:
+        NotFiniteLoss: the loss became NaN or infinite; the model is left as it is.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
+    optimizer = torch.optim.AdamW(parameters, lr=section.learning_rate, weight_decay=section.weight_decay)
+    model.train()
+    losses: list[float] = []
+    started = time.perf_counter()
+    for step, batch in enumerate(islice(batches, steps), start=first_step):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(section, step, total_steps)
+        loss = _gradient(model, task, [examples[index] for index in batch], section, precision)
+        if not math.isfinite(loss):
+            raise NotFiniteLoss(f"the loss became {loss} in step {step - first_step + 1}; try a lower learning rate")
+        for parameter, start in zip(parameters, anchor, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=section.proximal_mu)
+        nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+    return Outcome(sum(losses) / len(losses), steps * section.batch_size, time.perf_counter() - started)
+
+
+def _gradient(
+    model: nn.Module, task: Task, examples: Sequence[Example], section: TrainingSection, precision: str
+) -> float:
+    """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch; return that loss."""
+    device = next(model.parameters()).device
+    size = section.micro_batch_size or section.batch_size
+    total = torch.zeros((), device=device)
+    for start in range(0, len(examples), size):
+        batch = task.collate(examples[start : start + size], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = model(**batch.inputs())
+        loss: Tensor = task.losses(output, batch).sum() / len(examples)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    return float(total)

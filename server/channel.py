@@ -1,0 +1,105 @@
+"""How the coordinator reaches the sites: requests out, replies in as they come, over Flower's Grid."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.errors import MessageError
+from common.flower import ConfigRecord, Grid, Message, pack, unpack
+from common.messages import Envelope, decode
+
+__all__ = ["Channel", "FlowerChannel", "Interrupted", "Reply"]
+
+
+class Interrupted(Exception):  # no CoadaptError: a wish of the person, not a fault
+    """The person asked the run to stop."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A site's answer: an envelope, or None and a fixed word why there is none. Sizes are in bytes."""
+
+    site: str
+    envelope: Envelope | None
+    code: str
+    bytes_up: int
+    bytes_down: int
+
+
+class Channel(Protocol):
+    """What the round loop knows of the network."""
+
+    def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
+        """Send every site its request at once; yield each site's reply as it comes, exactly one a site."""
+
+
+class FlowerChannel:
+    """Sites by name over a Flower Grid.
+
+    `nodes` are the Flower nodes of the sites. `notes` are values that go beside a site's envelope in every message;
+    a simulation says there which site a node plays.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Mapping[str, int],
+        *,
+        stop: threading.Event,
+        notes: Mapping[str, Mapping[str, str]] | None = None,
+        poll_seconds: float = 0.05,
+        timeout_seconds: float = 86_400.0,
+    ) -> None:
+        self._grid = grid
+        self._nodes = nodes
+        self._stop = stop
+        self._notes = notes or {}
+        self._poll = poll_seconds
+        self._timeout = timeout_seconds
+
+    def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
+        """Send and collect.
+
+        Raises:
+            Interrupted: the person asked to stop; replies that were still out are dropped.
+        """
+        sizes = {site: len(data) for site, data in requests.items()}
+        waiting: dict[str, str] = {}
+        for site, data in requests.items():
+            message = Message(self._content(site, data), self._nodes[site], kind)
+            for message_id in self._grid.push_messages([message]):
+                waiting[message_id] = site
+        deadline = time.monotonic() + self._timeout
+        while waiting and time.monotonic() < deadline:
+            if self._stop.is_set():
+                raise Interrupted
+            for message in self._grid.pull_messages(list(waiting)):
+                site = waiting.pop(message.metadata.reply_to_message_id)
+                yield _read(site, message, sizes[site])
+            if waiting:
+                self._stop.wait(self._poll)
+        for site in waiting.values():
+            yield Reply(site, None, "timeout", 0, sizes[site])
+
+    def _content(self, site: str, data: bytes):  # type: ignore[no-untyped-def]  # a Flower RecordDict
+        content = pack(data)
+        if site in self._notes:
+            content["notes"] = ConfigRecord(dict(self._notes[site]))
+        return content
+
+
+def _read(site: str, message: Message, bytes_down: int) -> Reply:
+    if message.has_error():
+        # Flower puts the text of the site's exception here; it may hold a record and is not looked at.
+        return Reply(site, None, f"flower_{message.error.code}", 0, bytes_down)
+    failure = message.content.config_records.get("failure")
+    if failure is not None:
+        return Reply(site, None, str(failure["code"]), 0, bytes_down)
+    try:
+        data = unpack(message.content)
+        envelope = decode(data)
+    except MessageError as error:
+        return Reply(site, None, error.code, 0, bytes_down)
+    return Reply(site, envelope, "", len(data), bytes_down)

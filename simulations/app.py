@@ -1,0 +1,85 @@
+"""The same code as a Flower app for simulation: a relay whose vault lives in the worker's own process.
+
+Every message says in its notes which site it is for and where that site's folder lies. In the field a site would
+take neither from a coordinator; there the relay speaks to the one vault of its institution.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from client.relay import failure, relay
+from client.vault import Vault
+from common.config.manifest import Manifest
+from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
+from common.messages import decode, encode
+from simulations.baselines import train_alone
+
+__all__ = ["THREADS", "client", "server"]
+
+# Environment variable with the number of threads a worker computes with.
+THREADS = "COADAPT_THREADS"
+
+# Encoded sites kept in a worker. Memory grows with this, not with the number of sites.
+CACHED_SITES = 32
+
+client = ClientApp()
+server = ServerApp()
+
+
+@client.train()
+@client.evaluate()
+def answer(message: Message, context: Context) -> Message:
+    """Answer an envelope as the site that the notes name."""
+    try:
+        notes = _notes(message)
+        return relay(message, context, _vault(notes["site"], notes["folder"], notes["log"]))
+    except Exception as error:
+        return failure(message, error)
+
+
+@client.query("baseline")
+def baseline(message: Message, context: Context) -> Message:
+    """Train on one folder alone, for comparison; the answer holds counts on the test records."""
+    try:
+        notes = _notes(message)
+        folder = Path(notes["folder"])
+        request = decode(unpack(message.content))
+        reply = train_alone(request, _manifest(folder.parent), notes["site"], folder, steps=int(notes["steps"]))
+        return Message(pack(encode(reply)), reply_to=message)
+    except Exception as error:
+        return failure(message, error)
+
+
+@server.main()
+def main(grid, context: Context) -> None:  # type: ignore[no-untyped-def]  # Flower's Grid
+    """Run the federation of `manifest` in the app's configuration, for `flwr run`."""
+    from simulations.engine import simulate_on
+
+    simulate_on(grid, {key: str(value) for key, value in context.run_config.items()})
+
+
+def _notes(message: Message) -> dict[str, str]:
+    return {key: str(value) for key, value in message.content.config_records["notes"].items()}
+
+
+@lru_cache(maxsize=1)
+def _manifest(root: Path) -> Manifest:
+    quiet()
+    torch.set_num_threads(int(os.environ.get(THREADS, "1")))
+    return Manifest.model_validate_json((root / "federation.json").read_bytes())
+
+
+@lru_cache(maxsize=CACHED_SITES)
+def _vault(site: str, folder: str, log: str) -> Vault:
+    home = Path(folder)
+    held_out = home / "held_out.jsonl"
+    return Vault(
+        site,
+        _manifest(home.parent),
+        train=home / "train.jsonl",
+        held_out=held_out if held_out.exists() else None,
+        log=Path(log),
+    )

@@ -1,0 +1,431 @@
+"""A whole federation on one machine: what `coadapt simulate` does, as one function.
+
+    from pathlib import Path
+    from simulations.engine import simulate
+
+    summary = simulate(Path("federation.toml"), data=Path("data"), overrides=["training.rounds=3"])
+    print(summary.table)
+
+The order is fixed: everything that can be wrong is found before anything is written; then the run folder fills up,
+round by round; at the end the test records are measured once, and summary and report are written.
+"""
+
+import contextlib
+import datetime
+import os
+import re
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from client.resident import Resident, resident
+from common.adapters import first_state, save_adapter
+from common.codec.state import AdapterState, state_digest
+from common.config.annotate import annotated
+from common.config.loading import load_manifest
+from common.config.manifest import Manifest
+from common.errors import CoadaptError, RunError
+from common.flower import Context, Grid, ServerApp, quiet
+from common.messages import Envelope, Evaluate, Evaluated, encode
+from common.metrics import figures
+from common.models import find_base, load_tokenizer
+from common.progress import BaselineFinished, Event, EventLog, EventSink, PhaseStarted, RunStarted, RunStopped
+from common.tasks.causal_lm import prompt_digest
+from server.channel import FlowerChannel, Interrupted
+from server.coordinator import Coordinator
+from server.run_store import RunStore
+from simulations import summarise
+from simulations.baselines import test_counts
+from simulations.report import write_report
+from simulations.sites import POOLED, FederationData, lay_out, read_federation, simulation_of
+from simulations.summary import BaseModelFacts, RunSummary, Timing
+
+__all__ = ["Plan", "pinned", "plan_workers", "simulate", "simulate_on"]
+
+# What a worker process needs beside the base: torch, transformers and Ray, measured at about 0.7 GB; and room for
+# activations and gradients of small batches.
+WORKER_BYTES = 1_500_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Worker processes, threads in each, and the share of a GPU that each gets."""
+
+    workers: int
+    threads: int
+    gpu_share: float
+
+
+def plan_workers(wanted: int | str, *, sites: int, base_bytes: int) -> Plan:
+    """How many sites train at the same time: as many as cores (with GPUs: as many as those), as memory allows."""
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if wanted == "auto":
+        fits = int(psutil.virtual_memory().available * 0.8 // (WORKER_BYTES + 2 * base_bytes))
+        workers = max(1, min(gpus or cores, sites, fits))
+    else:
+        workers = max(1, min(int(wanted), sites))
+    return Plan(workers, max(1, cores // workers), gpus / workers if gpus else 0.0)
+
+
+def pinned(manifest: Manifest) -> Manifest:
+    """The manifest with the digests of the base, tokenizer and prompt that are used, and the base's full path.
+
+    Raises:
+        ModelError: the base cannot be found, or is not the one that the manifest pins.
+    """
+    base = find_base(manifest.model)
+    local = Path(manifest.model.base).expanduser()
+    model = manifest.model.model_copy(
+        update={
+            "base": str(local.resolve()) if local.is_dir() else manifest.model.base,
+            "weights_sha256": base.weights_sha256,
+            "tokenizer_sha256": base.tokenizer_sha256,
+        }
+    )
+    task = manifest.task
+    if task.kind == "causal-lm":
+        # Digest of what is here: make_task has compared it with the manifest's when the resident was loaded.
+        digest = task.prompt_sha256 or prompt_digest(task, load_tokenizer(base))
+        task = task.model_copy(update={"prompt_sha256": digest})
+    return manifest.model_copy(update={"model": model, "task": task})
+
+
+def simulate(
+    manifest: Manifest | Path,
+    *,
+    data: Path | None = None,
+    runs: Path = Path("runs"),
+    run_id: str | None = None,
+    overrides: Sequence[str] = (),
+    baselines: bool | None = None,
+    view: EventSink | None = None,
+) -> RunSummary:
+    """Simulate the federation of a manifest through Flower's simulation engine, from raw files to a report.
+
+    Args:
+        manifest: a `federation.toml`, or a manifest that was loaded before.
+        data: folder of the data files; the manifest's folder is looked at too (or the current one).
+        runs: folder that gets a folder for this run.
+        run_id: name of that folder; a new name is made of the federation's and the time.
+        overrides: settings as on the command line, `training.rounds=3`.
+        baselines: also measure untuned, local only and centralised training; None: as the manifest says.
+        view: is called with every event.
+
+    Returns:
+        The run's summary, which also lies in `<runs>/<run_id>/summary.json`; `report.html` lies beside it. Its status
+        is `interrupted` if the person pressed Ctrl-C.
+
+    Raises:
+        CoadaptError: of its tree the one that fits; what was finished before stays valid.
+    """
+    began = time.monotonic()
+    beside = manifest.parent if isinstance(manifest, Path) else Path.cwd()
+    agreed = load_manifest(manifest, overrides) if isinstance(manifest, Path) else manifest
+    folders = [folder for folder in (data, beside) if folder is not None]
+    run = _Run.prepare(agreed, folders, began=began, baselines=baselines)
+    with _stop_on_signal(run.stop), run.folder(runs, run_id, view):
+        _start_flower(run)
+        return run.finish()
+
+
+def simulate_on(grid: Grid, config: dict[str, str]) -> RunSummary:
+    """The same inside a Flower app (`flwr run .`): `manifest`, `data` and `runs` come from the app's configuration."""
+    path = Path(config["manifest"])
+    folders = [Path(config["data"])] if config.get("data") else []
+    run = _Run.prepare(load_manifest(path), [*folders, path.parent], began=time.monotonic(), baselines=None)
+    with run.folder(Path(config.get("runs") or "runs"), None, None):
+        run.federate(grid)
+        return run.finish()
+
+
+def _start_flower(run: "_Run") -> None:
+    """Run the federation through Flower's simulation engine, in this process and Ray's workers."""
+    from flwr.simulation import run_simulation
+
+    from simulations.app import THREADS, client
+
+    quiet()
+    plan, server = run.plan, ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        run.federate(grid)
+
+    os.environ[THREADS] = str(plan.threads)
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)
+    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
+    init: dict[str, Any] = {"num_cpus": plan.workers, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        run_simulation(
+            server, client, len(run.data.train), backend_config={"client_resources": resources, "init_args": init}
+        )
+    except Exception as error:
+        if run.failure is None:
+            run.failure = error if isinstance(error, CoadaptError) else _engine_failed(error)
+
+
+def _engine_failed(error: Exception) -> RunError:
+    return RunError(f"Flower's simulation engine stopped: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C asks the round loop to stop; a second one ends the process in the usual way."""
+
+    def handle(number: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Run:
+    """One simulated run, from prepared data to the summary."""
+
+    manifest: Manifest
+    data: FederationData
+    resident: Resident
+    plan: Plan
+    first: AdapterState
+    truncated: dict[str, int]
+    baselines: bool
+    began: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+    alone: dict[str, dict[str, float]] = field(default_factory=dict)
+    table: dict[str, dict[str, float]] = field(default_factory=dict)
+    marks: dict[str, float] = field(default_factory=dict)
+    coordinator: Coordinator | None = None
+
+    @classmethod
+    def prepare(cls, manifest: Manifest, folders: Sequence[Path], *, began: float, baselines: bool | None) -> "_Run":
+        """Read and check everything; nothing is written and no process is started."""
+        simulation = simulation_of(manifest)
+        data = read_federation(manifest, folders)
+        manifest = pinned(manifest)
+        model = resident(manifest)
+        truncated = {split: model.task.encode(records).truncated for split, records in data.splits().items()}
+        base_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
+        return cls(
+            manifest=manifest,
+            data=data,
+            resident=model,
+            plan=plan_workers(simulation.workers, sites=len(data.train), base_bytes=base_bytes),
+            first=first_state(model.model, manifest.training.seed),
+            truncated=truncated,
+            baselines=simulation.baselines if baselines is None else baselines,
+            began=began,
+        )
+
+    @contextlib.contextmanager
+    def folder(self, runs: Path, run_id: str | None, view: EventSink | None) -> Iterator[None]:
+        """Open the run's folder and event stream, and lay out the sites' files until the run ends."""
+        self.run_id = run_id or _new_run_id(self.manifest.name)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.run_id):
+            raise RunError(f"a run id is letters, digits, '.', '_' and '-', found {self.run_id!r}")
+        self.store = RunStore(runs / self.run_id, self._write_adapter)
+        self.store.write("federation.toml", annotated(self.manifest))
+        log = EventLog(self.store.folder / "events.jsonl")
+        self.sinks = [log, view] if view else [log]
+        with contextlib.ExitStack() as stack:
+            stack.callback(log.close)
+            self.root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coadapt-sites-")))
+            self.sites = lay_out(self.root, self.manifest, self.data)
+            yield
+
+    def report(self, event: Event) -> None:
+        """Give an event to everyone who listens; remember when the parts of the run began."""
+        if isinstance(event, PhaseStarted):
+            self.marks[event.phase] = time.monotonic()
+        for sink in self.sinks:
+            sink(event)
+
+    def _write_adapter(self, folder: Path, adapter: AdapterState) -> None:
+        save_adapter(folder, self.resident.model, adapter, self.resident.base, self.manifest)
+
+    def federate(self, grid: Grid) -> None:
+        """The rounds and the trained baselines; whatever stops them is kept for `finish`."""
+        try:
+            self._rounds(grid)
+            if self.baselines:
+                self._train_baselines(grid)
+        except (CoadaptError, Interrupted) as error:
+            self.failure = error
+
+    def _rounds(self, grid: Grid) -> None:
+        names = list(self.data.train)
+        self.report(
+            RunStarted(
+                run_id=self.run_id,
+                federation=self.manifest.name,
+                sites=tuple(names),
+                rounds=self.manifest.training.rounds,
+                metrics=self.manifest.metrics,
+                trainable_parameters=sum(array.size for array in self.first.values()),
+            )
+        )
+        self.report(PhaseStarted(phase="rounds"))
+        self.coordinator = Coordinator(
+            self.manifest,
+            run_id=self.run_id,
+            sites=names,
+            first=self.first,
+            channel=self._channel(grid, {}),
+            store=self.store,
+            report=self.report,
+        )
+        self.store.save_result(self.coordinator.run())
+
+    def _channel(self, grid: Grid, steps: dict[str, int]) -> FlowerChannel:
+        """Sites on Flower's nodes. A pretend site shares the first node: only its notes tell who it is."""
+        nodes = sorted(grid.get_node_ids())
+        names = list(self.sites)
+        if len(nodes) < len(self.data.train):
+            raise RunError(
+                f"{len(self.data.train)} sites need as many Flower nodes, found {len(nodes)};"
+                f" start with --federation-config num-supernodes={len(self.data.train)}"
+            )
+        logs = self.store.folder / "site-logs"
+        logs.mkdir(exist_ok=True)
+        notes = {
+            site: {
+                "site": site,
+                "folder": str(folder),
+                "log": str(logs.resolve() / f"{folder.name}.log"),
+                "steps": str(steps.get(site, 0)),
+            }
+            for site, folder in self.sites.items()
+        }
+        spread = {site: nodes[index % len(self.data.train)] for index, site in enumerate(names)}
+        return FlowerChannel(grid, spread, stop=self.stop, notes=notes)
+
+    def _train_baselines(self, grid: Grid) -> None:
+        """Every site alone and all records in one place, in the workers; the longest training is sent off first."""
+        self.report(PhaseStarted(phase="baselines"))
+        section = self.manifest.training
+        own = section.rounds * section.local_steps
+        steps = {POOLED: own * len(self.data.train), **dict.fromkeys(self.data.train, own)}
+        header = Evaluate(
+            manifest_sha256=self.manifest.digest(),
+            run_id=self.run_id,
+            round=0,
+            adapter_sha256=state_digest(self.first),
+        )
+        request = encode(Envelope(header=header, tensors=self.first))
+        for reply in self._channel(grid, steps).exchange(dict.fromkeys(steps, request), kind="query.baseline"):
+            answer = reply.envelope.header if reply.envelope else None
+            if not isinstance(answer, Evaluated):
+                raise RunError(f"the baseline of {reply.site!r} failed ({reply.code or 'message'}); see site-logs")
+            values = self._figures(answer.counts)
+            if reply.site == POOLED:
+                self.table["centralised"] = values
+            else:
+                self.alone[reply.site] = values
+            name = "centralised" if reply.site == POOLED else f"local:{reply.site}"
+            self.report(BaselineFinished(baseline=name, figures=values))
+
+    def _figures(self, counts: dict[str, float]) -> dict[str, float]:
+        return figures(self.manifest.task.kind, counts, self.manifest.metrics)
+
+    def _test(self) -> None:
+        """Measure on the test records, once: the selected adapter, and the first one for comparison."""
+        self.report(PhaseStarted(phase="test"))
+        adapters = {"federated": self.store.load_round(self._selected())}
+        if self.baselines:
+            adapters["untuned"] = self.first
+        for name, adapter in adapters.items():
+            self.table[name] = self._figures(test_counts(self.manifest, adapter, self.root))
+            self.report(BaselineFinished(baseline=name, figures=self.table[name]))
+
+    def _selected(self) -> int:
+        return self.coordinator.selected_round() if self.coordinator else 0
+
+    def finish(self) -> RunSummary:
+        """Measure on test if the rounds are finished; write summary and report; raise what stopped the run."""
+        if self.failure is None and self.data.test:
+            self._test()
+        interrupted = isinstance(self.failure, Interrupted)
+        status = "interrupted" if interrupted else "failed" if self.failure else "finished"
+        reason = "stopped by the person" if interrupted else str(self.failure or "")
+        self.report(PhaseStarted(phase="report"))
+        summary = self._summary(status, reason)
+        self.store.write("summary.json", summary.model_dump_json(indent=2) + "\n")
+        write_report(summary, self.store.folder / "report.html")
+        self.report(RunStopped(status=status, reason=reason))
+        if self.failure is not None and not interrupted:
+            raise self.failure
+        return summary
+
+    def _summary(self, status: Any, reason: str) -> RunSummary:
+        rounds = summarise.round_facts(self.coordinator) if self.coordinator else []
+        done = self.coordinator.rounds if self.coordinator else []
+        model, manifest = self.resident.model, self.manifest
+        trainable = sum(array.size for array in self.first.values())
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        return RunSummary(
+            run_id=self.run_id,
+            federation=manifest.name,
+            description=manifest.description,
+            status=status,
+            reason=reason,
+            manifest_sha256=manifest.digest(),
+            task=manifest.task.kind,
+            metrics=list(manifest.metrics),
+            model=BaseModelFacts(
+                name=manifest.model.base,
+                revision=manifest.model.revision,
+                weights_sha256=self.resident.base.weights_sha256,
+                parameters=everything - trainable,
+                trainable_parameters=trainable,
+                precision=self.resident.precision,
+            ),
+            data=summarise.data_facts(self.data, self.truncated, simulation_of(manifest).partitioner),
+            sites=summarise.site_facts(manifest, self.data, done, self.alone),
+            rounds=rounds,
+            selected_round=self._selected(),
+            table=summarise.comparison(
+                manifest,
+                untuned=self.table.get("untuned"),
+                alone=self.alone,
+                federated=self.table.get("federated"),
+                centralised=self.table.get("centralised"),
+                examples=sum(answer.examples for each in done for answer in each.answers),
+            ),
+            failures=summarise.failures(done),
+            overfitting=summarise.overfitting(rounds, self._selected()),
+            timing=self._timing(),
+            machine=summarise.machine_facts(self.plan.workers, self.plan.threads),
+        )
+
+    def _timing(self) -> Timing:
+        order = ["rounds", "validation", "baselines", "test", "report"]
+        marks = {phase: self.marks[phase] for phase in order if phase in self.marks}
+        ends = [*list(marks.values())[1:], time.monotonic()]
+        spans = {phase: end - start for (phase, start), end in zip(marks.items(), ends, strict=True)}
+        startup = next(iter(marks.values())) - self.began
+        parts = {phase: spans.get(phase, 0.0) for phase in order[:-1]}
+        return Timing(startup=startup, total=time.monotonic() - self.began, **parts)
+
+
+def _new_run_id(name: str) -> str:
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

@@ -1,0 +1,151 @@
+"""`report.html`: a run's summary as one page that opens offline; knows the summary's shape, nothing of how it came.
+
+The page loads nothing: its style is in it, its plots are inline SVG (`plots.py`), and it has no script. Names of
+sites and labels are other people's text, so the template escapes everything that is not a plot.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from common.config.manifest import LOWER_IS_BETTER
+from common.durable import write_text
+from simulations import plots
+from simulations.live import best_places, count_text, duration_text, figure_text, metric_title, size_text
+from simulations.summary import RunSummary, SiteFacts, TableRow
+
+__all__ = ["main_result", "render", "write_report"]
+
+TEMPLATE = "report.html.j2"
+
+# Metrics between 0 and 1 of which a hundredth is called a point.
+SHARES = frozenset({"accuracy", "macro_f1", "entity_f1", "entity_precision", "entity_recall"})
+
+# Longer tables would make a page that no one reads; summary.json has every line.
+MOST_ROWS = 200
+
+
+def write_report(summary: RunSummary, path: Path) -> None:
+    """Write the page of `summary` to `path`, whole or not at all."""
+    write_text(path, render(summary))
+
+
+def render(summary: RunSummary) -> str:
+    """The page of `summary`, as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=count_text, duration=duration_text, figure=figure_text, metric=metric_title, share=_share, size=size_text
+    )
+    return environment.get_template(TEMPLATE).render(_view(summary))
+
+
+def main_result(summary: RunSummary) -> str:
+    """The run's main result in one sentence; says so where there is none."""
+    if not summary.metrics:
+        return "No metric was reported."
+    metric = summary.metrics[0]
+    values: dict[str, float | None] = {row.name: row.figures.get(metric) for row in summary.table}
+    federated = values.get("federated")
+    if federated is None or not math.isfinite(federated):
+        return _without_test(summary, metric)
+    others = {"local only (mean)": "the mean site alone", "centralised": "centralised training"}
+    told = [
+        f"{_difference(federated, other, metric)} {words}"
+        for name, words in others.items()
+        if (other := values.get(name)) is not None and math.isfinite(other)
+    ]
+    start = f"Federated training reached {metric_title(metric)} {figure_text(federated)} on the test set"
+    return f"{start}: {' and '.join(told)}." if told else f"{start}."
+
+
+def _without_test(summary: RunSummary, metric: str) -> str:
+    trained = [facts.round for facts in summary.rounds if facts.round > 0]
+    if not trained:
+        return "The run ended before its first round of training was finished: there is no result."
+    chosen = next((facts for facts in summary.rounds if facts.round == summary.selected_round), summary.rounds[-1])
+    value = chosen.validation.get(metric)
+    if value is None:
+        return f"{trained[-1]} rounds of training were finished; no {metric_title(metric)} on the test set is known."
+    reached = f"The adapter of round {chosen.round} reached {metric_title(metric)} {figure_text(value)}"
+    return f"{reached} on the sites' held-out records; no figure on the test set is known."
+
+
+def _difference(value: float, other: float, metric: str) -> str:
+    points = metric in SHARES
+    text = f"{abs(value - other) * 100:.1f} points" if points else figure_text(abs(value - other))
+    if figure_text(value) == figure_text(other) or text == "0.0 points":
+        return "level with"
+    if metric in LOWER_IS_BETTER:
+        return f"{text} lower (better) than" if value < other else f"{text} higher (worse) than"
+    return f"{text} above" if value > other else f"{text} below"
+
+
+def _share(part: float, whole: float) -> str:
+    """`part` of `whole` in per cent; a dash where there is no whole."""
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _view(summary: RunSummary) -> dict[str, Any]:
+    """What the template reads."""
+    chooser = summary.metrics[0] if summary.metrics else "loss"
+    return {
+        "summary": summary,
+        "result": main_result(summary),
+        "chooser": chooser,
+        "lower_is_better": LOWER_IS_BETTER,
+        "table": _table(summary),
+        "sites": [_site(site, summary.selected_round) for site in summary.sites],
+        "local_known": any(site.local_only for site in summary.sites),
+        "plots": _plots(summary, chooser),
+        "rounds": summary.rounds[:MOST_ROWS],
+        "failures": summary.failures[:MOST_ROWS],
+        "most_rows": MOST_ROWS,
+        "bytes_up": sum(facts.bytes_up for facts in summary.rounds),
+        "bytes_down": sum(facts.bytes_down for facts in summary.rounds),
+        "splits": [split for split in ("train", "dev", "test") if split in summary.data.records],
+    }
+
+
+def _table(summary: RunSummary) -> list[dict[str, Any]]:
+    best = {
+        metric: best_places([row.figures.get(metric) for row in summary.table], metric) for metric in summary.metrics
+    }
+    return [{"row": row, "cells": _cells(place, row, best)} for place, row in enumerate(summary.table)]
+
+
+def _cells(place: int, row: TableRow, best: dict[str, set[int]]) -> list[tuple[str, bool]]:
+    return [(figure_text(row.figures.get(metric)), place in places) for metric, places in best.items()]
+
+
+def _site(site: SiteFacts, selected: int) -> dict[str, Any]:
+    return {
+        "facts": site,
+        "train_loss": next((loss for loss in reversed(site.train_loss) if loss is not None), None),
+        "validation": plots.site_validation(site, selected) or {},
+        "local": site.local_only or {},
+    }
+
+
+def _plots(summary: RunSummary, chooser: str) -> dict[str, plots.Drawing | None]:
+    rounds, sites, selected = summary.rounds, summary.sites, summary.selected_round
+    labels = plots.label_heat_map(sites)
+    return {
+        "loss": plots.loss_curves(rounds, selected),
+        # Where the loss itself chooses, its curve stands in the first plot already.
+        "metric": None if chooser == "loss" else plots.metric_curve(rounds, chooser, selected),
+        "sites": plots.site_figures(sites, chooser, selected),
+        "site_losses": plots.site_losses(sites),
+        "labels": labels,
+        # The heat map names the records of each site already.
+        "records": None if labels else plots.records_bars(sites),
+        "traffic": plots.traffic(rounds),
+        "time": plots.time_parts(summary.timing, rounds),
+    }

@@ -1,0 +1,160 @@
+"""The simulated sites: records read once, split, dealt to the sites, and laid in one folder for each site.
+
+A simulated site then reads its own files with the same code as a real one. The folders are temporary and gone when
+the run ends: they hold records.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.records import Cleaning, parse_rows, read_records, write_records
+from client.units import require_disjoint_units, split_units, units_of
+from common.config.manifest import Manifest, SimulationSection
+from common.durable import write_text
+from common.errors import DataError, RunError
+from common.extensions import load
+from common.records import Record, TextRecord, TokensRecord
+from simulations.partitioners import deal, partition
+
+__all__ = ["POOLED", "FederationData", "label_counts", "lay_out", "read_federation", "simulation_of"]
+
+# The pretend site of the centralised baseline, which holds all records; no site can be named so.
+POOLED = "pooled records of all sites"
+
+
+@dataclass(frozen=True)
+class FederationData:
+    """What each site trains on and holds out, the test records, and what cleaning did."""
+
+    train: dict[str, list[Record]]
+    held_out: dict[str, list[Record]]
+    test: list[Record]
+    cleaning: Cleaning
+
+    def splits(self) -> dict[str, list[Record]]:
+        """All records by split."""
+        return {
+            "train": [record for records in self.train.values() for record in records],
+            "dev": [record for records in self.held_out.values() for record in records],
+            "test": self.test,
+        }
+
+
+def simulation_of(manifest: Manifest) -> SimulationSection:
+    """The manifest's [simulation] table.
+
+    Raises:
+        RunError: it has none, so nothing says which records the sites own.
+    """
+    if manifest.simulation is None:
+        raise RunError("the manifest has no [simulation] table, which says who owns which records; add one")
+    return manifest.simulation
+
+
+def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationData:
+    """Read, clean, split and deal. Data files are looked for in `folders`, in their order.
+
+    A test file or dev file is taken as it is; where there is none, whole units are kept back from the training
+    records: for testing first, then for each site its own held-out part.
+
+    Raises:
+        DataError: a file, a column or a record breaks a rule, a unit is on two sides of a split, or a site is empty.
+    """
+    section = simulation_of(manifest)
+    train, cleaning = _records(manifest, section.train, "train", folders)
+    parts = {"train": train}
+    for split, name in (("dev", section.dev), ("test", section.test)):
+        if name is not None or section.source is not None:
+            parts[split], cleaned = _records(manifest, name, split, folders)
+            cleaning += cleaned
+    require_disjoint_units(parts)
+    train = _first_units(train, section.max_records)
+    test = parts.get("test", [])
+    if not test:
+        train, test = split_units(train, section.test_fraction, seed=section.seed, purpose="test")
+    owned = partition(
+        train,
+        sites=section.site_names,
+        partitioner=section.partitioner,
+        concentration=section.concentration,
+        seed=section.seed,
+        search=folders[-1],
+    )
+    if parts.get("dev"):
+        held_out = deal(parts["dev"], like=owned, partitioner=section.partitioner, seed=section.seed)
+    else:
+        held_out = {}
+        for site, records in owned.items():
+            fraction = manifest.evaluation.holdout
+            owned[site], held_out[site] = split_units(records, fraction, seed=section.seed, purpose=f"holdout {site}")
+    for site, records in owned.items():
+        if not records:
+            raise DataError(f"site {site!r} has no training records; use fewer sites or another partitioner")
+    return FederationData(owned, held_out, test, cleaning)
+
+
+def _records(
+    manifest: Manifest, name: str | None, split: str, folders: Sequence[Path]
+) -> tuple[list[Record], Cleaning]:
+    if name is not None:
+        return read_records(_found(name, folders, split), task=manifest.task, data=manifest.data)
+    section = simulation_of(manifest)
+    source = load(section.source or "", "data source", search=folders[-1])
+    rows = source(split, section.seed)
+    records, cleaning = parse_rows(rows, task=manifest.task, data=manifest.data, where=f"{section.source} ({split})")
+    if split == "train" and not records:
+        raise DataError(f"{section.source}: the data source gave no training records")
+    return records, cleaning
+
+
+def _found(name: str, folders: Sequence[Path], split: str) -> Path:
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    looked = " nor in ".join(str(folder) for folder in dict.fromkeys(folders))
+    raise DataError(f"simulation.{split}: no file {name} in {looked}; say where the data is with --data DIR")
+
+
+def _first_units(records: list[Record], most: int | None) -> list[Record]:
+    """Whole units in their order, as long as they fit into `most` records; at least one unit."""
+    if most is None:
+        return records
+    units = list(units_of(records).values())
+    sizes = itertools.accumulate(len(unit) for unit in units)
+    count = max(1, sum(size <= most for size in sizes))
+    kept = {unit[0].unit for unit in units[:count]}
+    return [record for record in records if record.unit in kept]
+
+
+def lay_out(folder: Path, manifest: Manifest, data: FederationData) -> dict[str, Path]:
+    """Write the manifest and a folder for each site, the pooled one too; return the sites' folders by name.
+
+    `<folder>/federation.json`, `<folder>/test.jsonl`, `<folder>/<number>/train.jsonl` and `held_out.jsonl`.
+    """
+    columns = manifest.data.columns
+    write_text(folder / "federation.json", manifest.model_dump_json())
+    write_records(folder / "test.jsonl", data.test, columns)
+    splits = data.splits()
+    sites = {**{site: (data.train[site], data.held_out[site]) for site in data.train}, POOLED: (splits["train"], [])}
+    folders = {}
+    for number, (site, (train, held_out)) in enumerate(sites.items(), start=1):
+        folders[site] = folder / str(number)
+        folders[site].mkdir(mode=0o700)
+        write_records(folders[site] / "train.jsonl", train, columns)
+        if held_out:
+            write_records(folders[site] / "held_out.jsonl", held_out, columns)
+    return folders
+
+
+def label_counts(records: Iterable[Record]) -> dict[str, int]:
+    """How often each label (of entities: each type) occurs; empty for instruction records."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        if isinstance(record, TextRecord):
+            counts[record.label] += 1
+        elif isinstance(record, TokensRecord):
+            counts.update(tag.removeprefix("B-") for tag in record.tags if tag.startswith("B-"))
+    return dict(sorted(counts.items()))

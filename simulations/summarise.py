@@ -1,0 +1,160 @@
+"""From what a run did to its summary: figures only, nothing is computed by a model here."""
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+
+from client.units import units_of
+from common.config.manifest import Manifest
+from common.metrics import better, figures
+from server.coordinator import Coordinator, StoredRound
+from simulations.sites import FederationData, label_counts
+from simulations.summary import (
+    CleaningFacts,
+    DataFacts,
+    Failure,
+    MachineFacts,
+    RoundFacts,
+    SiteFacts,
+    TableRow,
+)
+
+__all__ = ["comparison", "data_facts", "failures", "machine_facts", "overfitting", "round_facts", "site_facts"]
+
+Figures = dict[str, float]
+
+# Validation loss must rise by this share over its lowest value before over-fitting is named: less is noise.
+RISE = 0.02
+
+
+def data_facts(data: FederationData, truncated: Mapping[str, int], partitioner: str) -> DataFacts:
+    """Records, units, cleaning and truncation by split."""
+    splits = data.splits()
+    return DataFacts(
+        records={split: len(records) for split, records in splits.items()},
+        units={split: len(units_of(records)) for split, records in splits.items()},
+        cleaning=CleaningFacts(**vars(data.cleaning)),
+        truncated=dict(truncated),
+        partitioner=partitioner,
+    )
+
+
+def round_facts(coordinator: Coordinator) -> list[RoundFacts]:
+    """The finished rounds, from round 0."""
+    return [
+        RoundFacts(
+            round=done.number,
+            train_loss=done.train_loss,
+            validation=coordinator.validation(done),
+            answered=len(done.answers),
+            failed=len(done.failures),
+            bytes_up=sum(answer.bytes_up for answer in done.answers),
+            bytes_down=done.bytes_down,
+            seconds=done.seconds,
+            training_seconds=max((answer.seconds for answer in done.answers), default=0.0),
+        )
+        for done in coordinator.rounds
+    ]
+
+
+def failures(rounds: Sequence[StoredRound]) -> list[Failure]:
+    """Every site that sat a round out, in order."""
+    return [Failure(round=done.number, site=site, code=code) for done in rounds for site, code in done.failures.items()]
+
+
+def site_facts(
+    manifest: Manifest, data: FederationData, rounds: Sequence[StoredRound], alone: Mapping[str, Figures]
+) -> list[SiteFacts]:
+    """One row for each site."""
+    facts = []
+    for site, records in data.train.items():
+        answers = {done.number: answer for done in rounds for answer in done.answers if answer.site == site}
+        measured = [done.counts.get(site) for done in rounds]
+        held_out = data.held_out.get(site, [])
+        facts.append(
+            SiteFacts(
+                name=site,
+                records=len(records),
+                held_out=len(held_out),
+                units=len(units_of(records)),
+                labels=label_counts(records),
+                train_loss=[answers[done.number].loss if done.number in answers else None for done in rounds[1:]],
+                validation=[
+                    figures(manifest.task.kind, counts, manifest.metrics) if counts else None for counts in measured
+                ],
+                seconds=sum(answer.seconds for answer in answers.values()),
+                bytes_up=sum(answer.bytes_up for answer in answers.values()),
+                bytes_down=sum(answer.bytes_down for answer in answers.values()),
+                local_only=alone.get(site),
+            )
+        )
+    return facts
+
+
+def comparison(
+    manifest: Manifest,
+    *,
+    untuned: Figures | None,
+    alone: Mapping[str, Figures],
+    federated: Figures | None,
+    centralised: Figures | None,
+    examples: int,
+) -> list[TableRow]:
+    """The rows that were measured, on the same test records. `examples` is what the whole federation has seen.
+
+    The best site is chosen by the first metric on the test records themselves: it flatters local training, and so
+    cannot flatter the federation.
+    """
+    metric, sites = manifest.metrics[0], max(1, len(alone))
+    rows = [TableRow(name="untuned", figures=untuned, examples_seen=0)] if untuned else []
+    if alone:
+        mean = {key: sum(row[key] for row in alone.values()) / len(alone) for key in next(iter(alone.values()))}
+        best = next(iter(alone.values()))
+        for row in alone.values():
+            best = row if better(metric, row[metric], best[metric]) else best
+        rows.append(TableRow(name="local only (mean)", figures=mean, examples_seen=examples // sites))
+        rows.append(TableRow(name="local only (best site)", figures=best, examples_seen=examples // sites))
+    if federated:
+        rows.append(TableRow(name="federated", figures=federated, examples_seen=examples))
+    if centralised:
+        rows.append(TableRow(name="centralised", figures=centralised, examples_seen=examples))
+    return rows
+
+
+def overfitting(rounds: Sequence[RoundFacts], selected: int) -> str:
+    """A sentence that names over-fitting, or nothing: validation loss rose while training loss fell."""
+    known = [(facts, facts.validation["loss"]) for facts in rounds[1:] if "loss" in facts.validation]
+    if len(known) < 2:
+        return ""
+    lowest, least = min(known, key=lambda pair: pair[1])
+    last, final = known[-1]
+    falls = (last.train_loss or math.inf) < (lowest.train_loss or -math.inf)
+    if not falls or final <= least * (1 + RISE):
+        return ""
+    advice = (
+        'use fewer rounds, or evaluation.select = "best"'
+        if selected == last.round
+        else f"the adapter of round {selected} was selected"
+    )
+    return (
+        f"Over-fitting: validation loss was lowest after round {lowest.round} ({least:.3f}) and rose to {final:.3f} by"
+        f" round {last.round} while training loss fell; {advice}."
+    )
+
+
+def machine_facts(workers: int, threads: int) -> MachineFacts:
+    """Where this runs."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return MachineFacts(
+        cores=os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        devices=names or ["cpu"],
+        workers=workers,
+        threads_per_worker=threads,
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
