@@ -1,6 +1,6 @@
 """The vault: a site's resident object. It alone holds the records; an envelope comes in and an envelope goes out."""
 
-import logging
+import contextlib
 import traceback
 from pathlib import Path
 
@@ -12,9 +12,7 @@ from common.config.manifest import Manifest
 from common.errors import MessageError, error_code
 from common.messages import Envelope, Evaluate, Refused, RoundStart, decode, encode
 
-__all__ = ["Vault"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Vault", "note"]
 
 
 class Vault:
@@ -41,7 +39,7 @@ class Vault:
         try:
             reply, state = self._reply(request, state)
         except Exception as error:
-            self._note(error)
+            note(self._log, error)
             header = request.header
             reply = Envelope(
                 header=Refused(
@@ -65,6 +63,10 @@ class Vault:
             return evaluate(request, header, self._manifest, self._site, model), state
         raise MessageError(f"a site does not answer {header.kind!r}")
 
-    def _note(self, error: Exception) -> None:
-        with self._log.open("a", encoding="utf-8") as log:
-            log.write("".join(traceback.format_exception(error)) + "\n")
+
+def note(log: Path, error: BaseException) -> None:
+    """Write an error with its traceback to the site's own log; what cannot be written is lost, the run is not."""
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)) + "\n")

@@ -66,14 +66,14 @@ def attach(model: nn.Module, section: AdapterSection) -> PeftModel:
     head = head_name(model)
     config = LoraConfig(
         r=section.rank,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT divides it; a fraction is as good as an int
+        lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets,
         modules_to_save=[head] if head else None,
         bias="none",
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
-    return cast(PeftModel, get_peft_model(model, config))  # type: ignore[arg-type]  # any module will do
+    return cast(PeftModel, get_peft_model(model, config))
 
 
 def get_state(model: PeftModel) -> AdapterState:

@@ -1,4 +1,4 @@
-"""The only file that imports Flower, and how an envelope travels in a Flower message.
+"""The only file that imports Flower (simulations add its engine), and how an envelope travels in its messages.
 
 Flower reports to its makers and looks for updates by default; both are switched off before it is imported.
 """
@@ -8,15 +8,16 @@ import os
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default
 
-import logging  # noqa: E402
+import logging
 
-import numpy as np  # noqa: E402
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
 
-from common.errors import MessageError  # noqa: E402
+from common.errors import MessageError
 
 __all__ = [
     "ClientApp",

@@ -94,7 +94,8 @@ class Envelope(BaseModel):
 def encode(envelope: Envelope) -> bytes:
     """The envelope as bytes."""
     header = envelope.header.model_dump_json().encode()
-    return len(header).to_bytes(8, "big") + header + tensors_to_bytes(envelope.tensors)
+    tensors: bytes = tensors_to_bytes(envelope.tensors)
+    return len(header).to_bytes(8, "big") + header + tensors
 
 
 def decode(data: bytes) -> Envelope:

@@ -241,6 +241,13 @@ def load_task_model(base: Base, manifest: Manifest) -> nn.Module:
             f" found {manifest.data.max_length}"
         )
     head = head_name(model)
+    for module in model.modules():
+        # The adapter's dropout is the only one. The base's own slows the few steps of a round down: on contract
+        # clauses it cost six points of accuracy at equal steps (docs/lab-notes.md, 2026-11-22).
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            cast(Any, module).attention_dropout = 0.0
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(head is not None and name.startswith(f"{head}."))
     return model

@@ -177,5 +177,5 @@ def read_events(path: Path) -> Iterator[Event]:
             if not line.endswith("\n"):
                 return
             values: dict[str, Any] = json.loads(line)
-            kind = Event.kinds[values.pop("event")]
+            kind: Any = Event.kinds[values.pop("event")]
             yield kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.errors import MessageError
-from common.flower import ConfigRecord, Grid, Message, pack, unpack
+from common.flower import ConfigRecord, Grid, Message, RecordDict, pack, unpack
 from common.messages import Envelope, decode
 
 __all__ = ["Channel", "FlowerChannel", "Interrupted", "Reply"]
@@ -39,7 +39,8 @@ class FlowerChannel:
     """Sites by name over a Flower Grid.
 
     `nodes` are the Flower nodes of the sites. `notes` are values that go beside a site's envelope in every message;
-    a simulation says there which site a node plays.
+    a simulation says there which site a node plays. `in_flight` limits the requests that are out at once: Flower
+    hands out what it has in an order of its own, so where the order matters it must not have more.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FlowerChannel:
         *,
         stop: threading.Event,
         notes: Mapping[str, Mapping[str, str]] | None = None,
+        in_flight: int | None = None,
         poll_seconds: float = 0.05,
         timeout_seconds: float = 86_400.0,
     ) -> None:
@@ -56,6 +58,7 @@ class FlowerChannel:
         self._nodes = nodes
         self._stop = stop
         self._notes = notes or {}
+        self._in_flight = in_flight
         self._poll = poll_seconds
         self._timeout = timeout_seconds
 
@@ -66,24 +69,25 @@ class FlowerChannel:
             Interrupted: the person asked to stop; replies that were still out are dropped.
         """
         sizes = {site: len(data) for site, data in requests.items()}
+        to_send = list(requests.items())[::-1]
         waiting: dict[str, str] = {}
-        for site, data in requests.items():
-            message = Message(self._content(site, data), self._nodes[site], kind)
-            for message_id in self._grid.push_messages([message]):
-                waiting[message_id] = site
         deadline = time.monotonic() + self._timeout
-        while waiting and time.monotonic() < deadline:
+        while (waiting or to_send) and time.monotonic() < deadline:
             if self._stop.is_set():
                 raise Interrupted
+            while to_send and len(waiting) < (self._in_flight or len(requests)):
+                site, data = to_send.pop()
+                message = Message(self._content(site, data), self._nodes[site], kind)
+                waiting |= dict.fromkeys(map(str, self._grid.push_messages([message])), site)
             for message in self._grid.pull_messages(list(waiting)):
-                site = waiting.pop(message.metadata.reply_to_message_id)
+                site = waiting.pop(str(message.metadata.reply_to_message_id))
                 yield _read(site, message, sizes[site])
             if waiting:
                 self._stop.wait(self._poll)
-        for site in waiting.values():
+        for site in [*waiting.values(), *(site for site, _ in to_send)]:
             yield Reply(site, None, "timeout", 0, sizes[site])
 
-    def _content(self, site: str, data: bytes):  # type: ignore[no-untyped-def]  # a Flower RecordDict
+    def _content(self, site: str, data: bytes) -> RecordDict:
         content = pack(data)
         if site in self._notes:
             content["notes"] = ConfigRecord(dict(self._notes[site]))

@@ -20,6 +20,7 @@ from common.progress import (
     SiteFinished,
 )
 from server.aggregation.mean import WeightedMean
+from server.aggregation.momentum import ServerMomentum
 from server.channel import Channel, Reply
 from server.run_store import RunStore
 
@@ -77,6 +78,7 @@ class Coordinator:
         self._channel = channel
         self._store = store
         self._report = report
+        self._step = ServerMomentum(manifest.aggregation.server_learning_rate, manifest.aggregation.server_momentum)
         self.adapter = first
         self.rounds = [StoredRound(0)]
         store.save_round(0, first)
@@ -114,7 +116,7 @@ class Coordinator:
                 f" {least}; rounds before it are stored. Sites that failed: {_listed(done.failures)}"
             )
         # 5. Aggregate, and store before anyone hears of it.
-        self.adapter = mean.result()
+        self.adapter = self._step(self.adapter, mean.result())
         done.seconds = time.monotonic() - began
         done.bytes_down = len(request) * len(self._sites)
         self._store.save_round(number, self.adapter)

@@ -54,7 +54,7 @@ class RunStore:
             RunError: it is not the adapter that was stored.
         """
         folder = self.round_folder(number)
-        state = load_file(folder / "adapter_model.safetensors")
+        state: AdapterState = load_file(folder / "adapter_model.safetensors")
         facts = json.loads((folder / "round.json").read_text(encoding="utf-8"))
         if state_digest(state) != facts["adapter_sha256"]:
             raise RunError(f"{folder} was changed after it was stored; its digest is not the stored one")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from client.relay import failure, relay
-from client.vault import Vault
+from client.vault import Vault, note
 from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
@@ -33,23 +33,25 @@ server = ServerApp()
 @client.evaluate()
 def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
+    notes = _notes(message)
     try:
-        notes = _notes(message)
         return relay(message, context, _vault(notes["site"], notes["folder"], notes["log"]))
     except Exception as error:
+        note(Path(notes["log"]), error)
         return failure(message, error)
 
 
 @client.query("baseline")
 def baseline(message: Message, context: Context) -> Message:
     """Train on one folder alone, for comparison; the answer holds counts on the test records."""
+    notes = _notes(message)
     try:
-        notes = _notes(message)
         folder = Path(notes["folder"])
         request = decode(unpack(message.content))
         reply = train_alone(request, _manifest(folder.parent), notes["site"], folder, steps=int(notes["steps"]))
         return Message(pack(encode(reply)), reply_to=message)
     except Exception as error:
+        note(Path(notes["log"]), error)
         return failure(message, error)
 
 

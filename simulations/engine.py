@@ -34,7 +34,7 @@ from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, RunError
-from common.flower import Context, Grid, ServerApp, quiet
+from common.flower import ClientApp, Context, Grid, ServerApp, quiet
 from common.messages import Envelope, Evaluate, Evaluated, encode
 from common.metrics import figures
 from common.models import find_base, load_tokenizer
@@ -44,12 +44,13 @@ from server.channel import FlowerChannel, Interrupted
 from server.coordinator import Coordinator
 from server.run_store import RunStore
 from simulations import summarise
+from simulations.app import THREADS, client
 from simulations.baselines import test_counts
 from simulations.report import write_report
 from simulations.sites import POOLED, FederationData, lay_out, read_federation, simulation_of
 from simulations.summary import BaseModelFacts, RunSummary, Timing
 
-__all__ = ["Plan", "pinned", "plan_workers", "simulate", "simulate_on"]
+__all__ = ["Plan", "Run", "pinned", "plan_workers", "simulate", "simulate_on", "start_flower"]
 
 # What a worker process needs beside the base: torch, transformers and Ray, measured at about 0.7 GB; and room for
 # activations and gradients of small batches.
@@ -131,9 +132,9 @@ def simulate(
     beside = manifest.parent if isinstance(manifest, Path) else Path.cwd()
     agreed = load_manifest(manifest, overrides) if isinstance(manifest, Path) else manifest
     folders = [folder for folder in (data, beside) if folder is not None]
-    run = _Run.prepare(agreed, folders, began=began, baselines=baselines)
+    run = Run.prepare(agreed, folders, began=began, baselines=baselines)
     with _stop_on_signal(run.stop), run.folder(runs, run_id, view):
-        _start_flower(run)
+        start_flower(run, client)
         return run.finish()
 
 
@@ -141,17 +142,15 @@ def simulate_on(grid: Grid, config: dict[str, str]) -> RunSummary:
     """The same inside a Flower app (`flwr run .`): `manifest`, `data` and `runs` come from the app's configuration."""
     path = Path(config["manifest"])
     folders = [Path(config["data"])] if config.get("data") else []
-    run = _Run.prepare(load_manifest(path), [*folders, path.parent], began=time.monotonic(), baselines=None)
+    run = Run.prepare(load_manifest(path), [*folders, path.parent], began=time.monotonic(), baselines=None)
     with run.folder(Path(config.get("runs") or "runs"), None, None):
         run.federate(grid)
         return run.finish()
 
 
-def _start_flower(run: "_Run") -> None:
-    """Run the federation through Flower's simulation engine, in this process and Ray's workers."""
-    from flwr.simulation import run_simulation
-
-    from simulations.app import THREADS, client
+def start_flower(run: "Run", client: ClientApp) -> None:
+    """Run the federation through Flower's simulation engine: the rounds in this process, `client` in Ray's workers."""
+    from flwr.simulation import run_simulation  # late: it imports Ray, which takes a second
 
     quiet()
     plan, server = run.plan, ServerApp()
@@ -198,7 +197,7 @@ def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
 
 
 @dataclass
-class _Run:
+class Run:
     """One simulated run, from prepared data to the summary."""
 
     manifest: Manifest
@@ -215,9 +214,11 @@ class _Run:
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
     coordinator: Coordinator | None = None
+    sinks: list[EventSink] = field(default_factory=list)
+    sites: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, manifest: Manifest, folders: Sequence[Path], *, began: float, baselines: bool | None) -> "_Run":
+    def prepare(cls, manifest: Manifest, folders: Sequence[Path], *, began: float, baselines: bool | None) -> "Run":
         """Read and check everything; nothing is written and no process is started."""
         simulation = simulation_of(manifest)
         data = read_federation(manifest, folders)
@@ -250,6 +251,17 @@ class _Run:
             stack.callback(log.close)
             self.root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coadapt-sites-")))
             self.sites = lay_out(self.root, self.manifest, self.data)
+            self.report(
+                RunStarted(
+                    run_id=self.run_id,
+                    federation=self.manifest.name,
+                    sites=tuple(self.data.train),
+                    rounds=self.manifest.training.rounds,
+                    metrics=self.manifest.metrics,
+                    trainable_parameters=sum(array.size for array in self.first.values()),
+                )
+            )
+            self.report(PhaseStarted(phase="start-up"))
             yield
 
     def report(self, event: Event) -> None:
@@ -272,22 +284,11 @@ class _Run:
             self.failure = error
 
     def _rounds(self, grid: Grid) -> None:
-        names = list(self.data.train)
-        self.report(
-            RunStarted(
-                run_id=self.run_id,
-                federation=self.manifest.name,
-                sites=tuple(names),
-                rounds=self.manifest.training.rounds,
-                metrics=self.manifest.metrics,
-                trainable_parameters=sum(array.size for array in self.first.values()),
-            )
-        )
         self.report(PhaseStarted(phase="rounds"))
         self.coordinator = Coordinator(
             self.manifest,
             run_id=self.run_id,
-            sites=names,
+            sites=list(self.data.train),
             first=self.first,
             channel=self._channel(grid, {}),
             store=self.store,
@@ -295,7 +296,7 @@ class _Run:
         )
         self.store.save_result(self.coordinator.run())
 
-    def _channel(self, grid: Grid, steps: dict[str, int]) -> FlowerChannel:
+    def _channel(self, grid: Grid, steps: dict[str, int], *, in_flight: int | None = None) -> FlowerChannel:
         """Sites on Flower's nodes. A pretend site shares the first node: only its notes tell who it is."""
         nodes = sorted(grid.get_node_ids())
         names = list(self.sites)
@@ -305,7 +306,6 @@ class _Run:
                 f" start with --federation-config num-supernodes={len(self.data.train)}"
             )
         logs = self.store.folder / "site-logs"
-        logs.mkdir(exist_ok=True)
         notes = {
             site: {
                 "site": site,
@@ -316,7 +316,7 @@ class _Run:
             for site, folder in self.sites.items()
         }
         spread = {site: nodes[index % len(self.data.train)] for index, site in enumerate(names)}
-        return FlowerChannel(grid, spread, stop=self.stop, notes=notes)
+        return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight)
 
     def _train_baselines(self, grid: Grid) -> None:
         """Every site alone and all records in one place, in the workers; the longest training is sent off first."""
@@ -331,7 +331,8 @@ class _Run:
             adapter_sha256=state_digest(self.first),
         )
         request = encode(Envelope(header=header, tensors=self.first))
-        for reply in self._channel(grid, steps).exchange(dict.fromkeys(steps, request), kind="query.baseline"):
+        channel = self._channel(grid, steps, in_flight=self.plan.workers)
+        for reply in channel.exchange(dict.fromkeys(steps, request), kind="query.baseline"):
             answer = reply.envelope.header if reply.envelope else None
             if not isinstance(answer, Evaluated):
                 raise RunError(f"the baseline of {reply.site!r} failed ({reply.code or 'message'}); see site-logs")
@@ -421,7 +422,7 @@ class _Run:
         marks = {phase: self.marks[phase] for phase in order if phase in self.marks}
         ends = [*list(marks.values())[1:], time.monotonic()]
         spans = {phase: end - start for (phase, start), end in zip(marks.items(), ends, strict=True)}
-        startup = next(iter(marks.values())) - self.began
+        startup = next(iter(marks.values()), time.monotonic()) - self.began
         parts = {phase: spans.get(phase, 0.0) for phase in order[:-1]}
         return Timing(startup=startup, total=time.monotonic() - self.began, **parts)
 

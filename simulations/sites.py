@@ -14,7 +14,7 @@ from client.records import Cleaning, parse_rows, read_records, write_records
 from client.units import require_disjoint_units, split_units, units_of
 from common.config.manifest import Manifest, SimulationSection
 from common.durable import write_text
-from common.errors import DataError, RunError
+from common.errors import CoadaptError, DataError, ExtensionError, RunError
 from common.extensions import load
 from common.records import Record, TextRecord, TokensRecord
 from simulations.partitioners import deal, partition
@@ -103,7 +103,16 @@ def _records(
         return read_records(_found(name, folders, split), task=manifest.task, data=manifest.data)
     section = simulation_of(manifest)
     source = load(section.source or "", "data source", search=folders[-1])
-    rows = source(split, section.seed)
+    try:
+        rows = [dict(row) for row in source(split, section.seed)]
+    except CoadaptError:
+        raise
+    except Exception as error:
+        # A person's own code: its text may hold a record, so the kind of error must do.
+        raise ExtensionError(
+            f"data source {section.source!r}: raised {type(error).__name__} for split {split!r}; it must be a function"
+            " of (split, seed) that gives rows as mappings from column to value"
+        ) from error
     records, cleaning = parse_rows(rows, task=manifest.task, data=manifest.data, where=f"{section.source} ({split})")
     if split == "train" and not records:
         raise DataError(f"{section.source}: the data source gave no training records")

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import tomli_w
 
-from common.config.manifest import ImportPath, Manifest, Name, Sha256
+from common.config.manifest import Commit, ImportPath, Manifest, Name, Sha256
 
 __all__ = ["KnownKey", "annotated", "known_keys", "shown"]
 
@@ -27,6 +27,7 @@ _PATTERN_IN_WORDS = {
     get_args(kind)[1].pattern: words
     for kind, words in (
         (Sha256, "text of 64 hex digits in lower case"),
+        (Commit, "text of 40 hex digits in lower case"),
         (ImportPath, "text 'module:function', an import path"),
         (Name, "text of 1 to 64 letters, digits, '.', '_' or '-' that begins with a letter or digit"),
     )

@@ -43,8 +43,10 @@ METRICS: dict[str, tuple[str, ...]] = {
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 ImportPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+FileName = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -62,7 +64,7 @@ class ModelSection(Section):
         min_length=1,
         description="hub id of the base model, or a local directory (absolute, or relative to this file)",
     )
-    revision: str | None = Field(
+    revision: Commit | None = Field(
         None, description="commit of the hub repository, 40 hex digits; required for a hub id, not used for a directory"
     )
     weights_sha256: Sha256 | None = Field(
@@ -84,22 +86,18 @@ class ModelSection(Section):
     @classmethod
     def _default_base_is_pinned(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("base", DEFAULT_BASE) == DEFAULT_BASE:
-            revision = values.get("revision") or DEFAULT_REVISION
-            weights = DEFAULT_WEIGHTS_SHA256 if revision == DEFAULT_REVISION else None
-            return {**values, "revision": revision, "weights_sha256": values.get("weights_sha256") or weights}
+            pins: dict[str, str] = {"revision": DEFAULT_REVISION}
+            if values.get("revision", DEFAULT_REVISION) == DEFAULT_REVISION:
+                pins["weights_sha256"] = DEFAULT_WEIGHTS_SHA256
+            given = {key: value for key, value in values.items() if value is not None}
+            return {**pins, **given}
         return values
-
-    @model_validator(mode="after")
-    def _revision_is_a_commit(self) -> Self:
-        if self.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
-            raise ValueError(f"revision must be a commit of 40 hex digits, found {self.revision!r}")
-        return self
 
 
 class TaskSection(Section):
     """What the model learns to do."""
 
-    kind: TaskKind = Field(description="text-classification, token-classification or causal-lm")
+    kind: TaskKind = Field(description="what the model learns to do")
     labels: tuple[str, ...] = Field(
         (),
         description="ordered list of labels; for token-classification the entity types, of which the BIO tags"
@@ -220,6 +218,12 @@ class AggregationSection(Section):
 
     method: Literal["mean"] = Field("mean", description="mean: weighted mean of the sites' changes to the adapter")
     weighting: Literal["records", "uniform"] = Field("records", description="weight of a site in the mean")
+    server_learning_rate: float = Field(
+        1.0, gt=0, le=10, description="factor on the mean change; above 1 makes up for the few steps of a round"
+    )
+    server_momentum: float = Field(
+        0.0, ge=0, lt=1, description="share of the last round's step that is added to this round's (FedAvgM)"
+    )
     min_sites: int = Field(2, ge=1, description="fewest sites that must answer; with fewer the run stops")
 
 
@@ -254,9 +258,13 @@ class SimulationSection(Section):
         0.5, gt=0, description="Dirichlet concentration of dirichlet and quantity: smaller is more skewed"
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of partition and splits")
-    train: str | None = Field(None, description="file of records (.jsonl, .csv, .parquet, .gz of the first two)")
-    dev: str | None = Field(None, description="file of held-out records, dealt to the sites; none: evaluation.holdout")
-    test: str | None = Field(None, description="file of test records, measured once at the end; none: test_fraction")
+    train: FileName | None = Field(None, description="file of records (.jsonl, .csv, .parquet, .gz of the first two)")
+    dev: FileName | None = Field(
+        None, description="file of held-out records, dealt to the sites; none: evaluation.holdout"
+    )
+    test: FileName | None = Field(
+        None, description="file of test records, measured once at the end; none: test_fraction"
+    )
     source: ImportPath | None = Field(
         None, description="instead of files: 'module:function' of f(split, seed) -> records, split train, dev or test"
     )

@@ -115,7 +115,7 @@ class CausalLM:
         return causal_counts(nll, tokens, [example.reference for example in batch.examples])
 
     def predictions(self, output: Any, batch: Batch) -> Predictions:
-        """Answers as text; the predicted one is the likeliest next token after each true beginning (teacher forcing)."""
+        """Answers as text; the predicted one holds the likeliest token after each true beginning (teacher forcing)."""
         best, targets = output.logits[:, :-1].argmax(dim=-1), batch.targets[:, 1:]
         scored = targets != IGNORED
         return Predictions(self._texts(best, scored), self._texts(targets, scored))

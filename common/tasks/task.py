@@ -1,5 +1,6 @@
 """What every task does, and the choice between the three. One file for each task lies beside this one."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,7 +113,7 @@ def first_windows(
     encoding = tokenizer(texts, truncation=True, max_length=longest, return_overflowing_tokens=True, **options)
     owners = encoding["overflow_to_sample_mapping"]
     rows = [index for index, owner in enumerate(owners) if index == 0 or owners[index - 1] != owner]
-    return encoding, rows, len({owner for before, owner in zip(owners, owners[1:]) if before == owner})
+    return encoding, rows, len({owner for before, owner in itertools.pairwise(owners) if before == owner})
 
 
 def pad(rows: Sequence[npt.NDArray[np.int32]], value: int, *, multiple: int = 8) -> npt.NDArray[np.int64]:

@@ -1,0 +1,138 @@
+"""What a client's round costs beside its training steps: Coadapt's simulation and a plain Flower app, in turn.
+
+Both train the same steps of the same sizes on the same records with the same number of workers and threads. The clock
+runs from the first client call to the end of the last round, so Ray's start is in neither and loading the base is in
+both. Out of workers x clock, the time in training steps is taken; what is left, for each client and round, is the
+figure. Runs alternate A B A B; the median of each is reported.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from common.config.manifest import Manifest
+from common.flower import ClientApp, Context, Message, quiet
+from simulations.app import client
+from simulations.benchmarks.plain_flower import plain_client, run_plain
+from simulations.engine import Run, start_flower
+from simulations.sites import lay_out
+
+__all__ = ["measure_simulation"]
+
+REPETITIONS = 2
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """A client app that notes when each of its calls began and ended, in one file for each call."""
+
+    app: Any
+    folder: str
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Pass the call on; the file holds seconds since 1970."""
+        began = time.time()
+        reply: Message = self.app(message, context)
+        name = f"{os.getpid()}-{time.time_ns()}.json"
+        (Path(self.folder) / name).write_text(json.dumps([began, time.time()]), encoding="utf-8")
+        return reply
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one run: outside training steps for each client and round, inside calls, and in training steps."""
+
+    outside: float
+    call: float
+    training: float
+
+
+def measure_simulation(*, sites: int, rounds: int) -> dict[str, float]:
+    """The figures of `coadapt bench simulation`."""
+    quiet()
+    manifest = _manifest(sites, rounds)
+    ours: list[Cost] = []
+    plain: list[Cost] = []
+    for _ in range(REPETITIONS):
+        for costs, run in ((ours, _ours), (plain, _plain)):
+            costs.append(_timed(run, manifest))
+    outside, plain_outside = (statistics.median(cost.outside for cost in costs) for costs in (ours, plain))
+    return {
+        "sites": float(sites),
+        "rounds": float(rounds),
+        "outside_training_seconds": round(outside, 4),
+        "plain_outside_training_seconds": round(plain_outside, 4),
+        "ratio": round(outside / plain_outside, 4),
+        "call_seconds": round(statistics.median(cost.call for cost in ours), 4),
+        "plain_call_seconds": round(statistics.median(cost.call for cost in plain), 4),
+        "training_seconds": round(statistics.median(cost.training for cost in ours), 4),
+        "plain_training_seconds": round(statistics.median(cost.training for cost in plain), 4),
+    }
+
+
+def _manifest(sites: int, rounds: int) -> Manifest:
+    """The default base on the default scenario's clauses, dealt evenly; nothing is held out, so nothing is measured."""
+    from simulations.contracts import LABELS
+
+    values: Mapping[str, Any] = {
+        "version": 1,
+        "name": "bench",
+        "task": {"kind": "text-classification", "labels": list(LABELS)},
+        "data": {"max_length": 96},
+        "training": {"rounds": rounds, "local_steps": 2, "batch_size": 8},
+        "evaluation": {"holdout": 0.0},
+        "simulation": {"sites": sites, "source": "simulations.contracts:records"},
+    }
+    return Manifest.model_validate_json(json.dumps(values))
+
+
+def _timed(run: Callable[[Manifest, Path], tuple[float, list[float], int]], manifest: Manifest) -> Cost:
+    with tempfile.TemporaryDirectory(prefix="coadapt-bench-") as folder:
+        stamps = Path(folder) / "calls"
+        stamps.mkdir()
+        ended, training, workers = run(manifest, Path(folder))
+        calls = [json.loads(file.read_text(encoding="utf-8")) for file in stamps.iterdir()]
+    began = min(start for start, _ in calls)
+    count = len(training)
+    inside = sum(end - start for start, end in calls)
+    return Cost(
+        outside=(workers * (ended - began) - sum(training)) / count,
+        call=(inside - sum(training)) / count,
+        training=sum(training) / count,
+    )
+
+
+def _ours(manifest: Manifest, folder: Path) -> tuple[float, list[float], int]:
+    """End of the last round (seconds since 1970), seconds in training steps of each client and round, workers."""
+    ends: list[float] = []
+    training: list[float] = []
+
+    def watch(event: Any) -> None:
+        if event.name() == "round_finished":
+            ends.append(event.time)
+        if event.name() == "site_finished":
+            training.append(event.seconds)
+
+    run = Run.prepare(manifest, [folder], began=time.monotonic(), baselines=False)
+    with run.folder(folder / "runs", "bench", watch):
+        start_flower(run, cast(ClientApp, Stamped(client, str(folder / "calls"))))
+    if run.failure is not None:
+        raise run.failure
+    return ends[manifest.training.rounds - 1], training, run.plan.workers
+
+
+def _plain(manifest: Manifest, folder: Path) -> tuple[float, list[float], int]:
+    """The same of the plain app, which finds the sites' files where ours would."""
+    run = Run.prepare(manifest, [folder], began=time.monotonic(), baselines=False)
+    sites = folder / "sites"
+    sites.mkdir()
+    lay_out(sites, run.manifest, run.data)
+    app = Stamped(plain_client, str(folder / "calls"))
+    ended, training = run_plain(app, run.manifest, sites, run.resident.base.folder, run.plan)
+    return ended, training, run.plan.workers

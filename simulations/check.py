@@ -1,0 +1,96 @@
+"""`coadapt check`: validates a manifest and says what would happen, before anything happens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from client.resident import Resident, resident
+from common.adapters import first_state
+from common.codec.state import state_digest
+from common.config.loading import load_manifest
+from common.config.manifest import Manifest
+from common.messages import Envelope, Evaluate, encode
+from simulations.engine import WORKER_BYTES, pinned, plan_workers
+from simulations.live import count_text, size_text
+from simulations.sites import label_counts, read_federation
+
+__all__ = ["print_check", "training_bytes"]
+
+
+def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], console: Console) -> None:
+    """Print sites, rounds, trainable parameters, bytes of a round and memory.
+
+    Raises:
+        CoadaptError: whatever would stop the run: manifest, base, data or partition.
+    """
+    manifest = load_manifest(path, overrides)
+    folders = [folder for folder in (data, path.parent) if folder is not None]
+    federation = read_federation(manifest, folders) if manifest.simulation else None
+    manifest = pinned(manifest)
+    model = resident(manifest)
+    state = first_state(model.model, manifest.training.seed)
+    header = Evaluate(manifest_sha256=manifest.digest(), run_id="check", round=0, adapter_sha256=state_digest(state))
+    envelope = len(encode(Envelope(header=header, tensors=state)))
+    section, everything = manifest.training, sum(parameter.numel() for parameter in model.model.parameters())
+    trainable = sum(array.size for array in state.values())
+    sites = len(federation.train) if federation else None
+    examples = section.rounds * section.local_steps * section.batch_size
+    rows = [
+        ("federation", manifest.name),
+        ("manifest digest", manifest.digest()),
+        ("task", manifest.task.kind + (f", {len(manifest.task.labels)} labels" if manifest.task.labels else "")),
+        ("base", f"{manifest.model.base}, {count_text(everything - trainable)} parameters"),
+        ("weights digest", str(manifest.model.weights_sha256)),
+        ("trainable", f"{count_text(trainable)} parameters, {100 * trainable / everything:.2f} % of all"),
+        ("rounds", f"{section.rounds} of {section.local_steps} steps of {section.batch_size} records"),
+        ("each site sees", f"{count_text(examples)} examples, repetitions counted"),
+        ("bytes of a round", f"{size_text(envelope)} down and {size_text(envelope)} up for each site"),
+    ]
+    if sites is not None:
+        rows.append(("bytes of the run", f"{size_text(2 * envelope * sites * section.rounds)} for {sites} sites"))
+    memory = training_bytes(manifest, model)
+    rows.append(("memory", f"about {size_text(memory + WORKER_BYTES)} for a site that trains (an estimate)"))
+    if federation and manifest.simulation:
+        base_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
+        plan = plan_workers(manifest.simulation.workers, sites=len(federation.train), base_bytes=base_bytes)
+        rows.append(("workers", f"{plan.workers} with {plan.threads} threads each"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table)
+    if federation:
+        console.print()
+        console.print(_site_table(manifest, federation.train, federation.held_out, len(federation.test)))
+
+
+def _site_table(manifest: Manifest, train, held_out, test: int) -> Table:  # type: ignore[no-untyped-def]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("site", "training records", "held out", "labels"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for site, records in train.items():
+        labels = f"{len(label_counts(records))} of {len(manifest.task.labels)}" if manifest.task.labels else "-"
+        table.add_row(escape(site), count_text(len(records)), count_text(len(held_out.get(site, []))), labels)
+    table.caption = f"{count_text(test)} test records"
+    return table
+
+
+def training_bytes(manifest: Manifest, model: Resident) -> int:
+    """Estimated bytes of one site's training beside the process itself.
+
+    Base in float32; adapter with gradient and two moments (16 bytes a parameter); activations of one micro-batch of
+    the longest inputs, s b h (34 + 5 a s / h) bytes for each layer in 16 bit (Korthikanti et al. 2022, section 4.1),
+    twice that in 32 bit; a fifth of it with gradient checkpointing.
+    """
+    config = getattr(model.model.get_base_model(), "config", None)
+    layers = int(getattr(config, "num_hidden_layers", 12))
+    hidden, heads = int(getattr(config, "hidden_size", 768)), int(getattr(config, "num_attention_heads", 12))
+    batch = manifest.training.micro_batch_size or manifest.training.batch_size
+    length = manifest.data.max_length
+    activations = layers * length * batch * hidden * (34 + 5 * heads * length / hidden)
+    activations *= (2 if model.precision == "fp32" else 1) * (0.2 if manifest.training.gradient_checkpointing else 1)
+    parameters = sum(parameter.nbytes for parameter in model.model.parameters())
+    trained = sum(parameter.numel() for parameter in model.model.parameters() if parameter.requires_grad)
+    return int(parameters + 16 * trained + activations)

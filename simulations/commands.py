@@ -1,0 +1,147 @@
+"""The command `coadapt`: what a person types, in few words; the work is done elsewhere.
+
+Commands import what they need when they run, so that `coadapt --help` answers at once.
+"""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.errors import CoadaptError, ManifestError
+
+__all__ = ["app", "main"]
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Institutions that may not share records fine-tune one language model together.",
+)
+
+ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
+DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.rounds=3. Repeatable."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"coadapt {importlib.metadata.version('coadapt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def simulate(
+    manifest: ManifestPath,
+    data: DataFolder = None,
+    runs: Annotated[Path, typer.Option(help="Folder that gets a folder for this run.")] = Path("runs"),
+    run_id: Annotated[str | None, typer.Option(help="Name of the run's folder; default: name and time.")] = None,
+    overrides: Overrides = None,
+    baselines: Annotated[
+        bool | None,
+        typer.Option("--baselines/--no-baselines", help="Also train each site alone and all records in one place."),
+    ] = None,
+) -> None:
+    """Simulate a whole federation on this machine, from raw files to a report."""
+    from simulations.engine import simulate as run
+    from simulations.live import LiveView, print_table
+
+    console = Console()
+    with LiveView(console) as view:
+        summary = run(
+            manifest, data=data, runs=runs, run_id=run_id, overrides=overrides or [], baselines=baselines, view=view
+        )
+    folder = runs / summary.run_id
+    print_table(summary, console)
+    if summary.overfitting:
+        console.print(summary.overfitting, highlight=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    if summary.status == "interrupted":
+        console.print(f"stopped by you; what was finished lies in {folder}", highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The manifest to write.")] = Path("federation.toml"),
+    name: Annotated[str | None, typer.Option(help="Short name of the federation.")] = None,
+    task: Annotated[str | None, typer.Option(help="text-classification, token-classification or causal-lm.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels in their order, parted by commas.")] = None,
+    labels_from: Annotated[
+        Path | None,
+        typer.Option(help="Public file to take the labels from: a label a line (.txt), or a data file."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: a local directory or a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
+    train: Annotated[str | None, typer.Option(help="Adds a [simulation] table that reads this data file.")] = None,
+    sites: Annotated[int, typer.Option(help="Number of simulated sites.")] = 6,
+) -> None:
+    """Write an annotated manifest; on a terminal, what is not given is asked for."""
+    from simulations.new_manifest import write_manifest
+
+    write_manifest(
+        path,
+        name=name,
+        task=task,
+        labels=labels,
+        labels_from=labels_from,
+        base=base,
+        revision=revision,
+        train=train,
+        sites=sites,
+    )
+    Console().print(f"wrote {path}; next: coadapt check {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(manifest: ManifestPath, data: DataFolder = None, overrides: Overrides = None) -> None:
+    """Validate a manifest and print what would happen."""
+    from simulations.check import print_check
+
+    print_check(manifest, data=data, overrides=overrides or [], console=Console())
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    sites: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
+) -> None:
+    """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
+    from simulations.benchmarks.bench import print_bench
+
+    print_bench(name, as_json=as_json, sites=sites, rounds=rounds)
+
+
+def main() -> None:
+    """Run the command; an error of Coadapt ends in one line for each problem and exit status 1 (2 for a manifest)."""
+    try:
+        app()
+    except ManifestError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except CoadaptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped by you", file=sys.stderr)
+        sys.exit(INTERRUPTED)
