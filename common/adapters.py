@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as safetensors_bytes
 from torch import nn
@@ -57,7 +58,12 @@ def attach(model: nn.Module, section: AdapterSection) -> PeftModel:
     """
     known = linear_targets(model)
     targets = known if section.targets == "auto" else list(section.targets)
-    unknown = [name for name in targets if name.rsplit(".", 1)[-1] not in known]
+    paths = [f".{name}" for name, _ in model.named_modules()]
+    unknown = [
+        name
+        for name in targets
+        if name.rsplit(".", 1)[-1] not in known or not any(path.endswith(f".{name}") for path in paths)
+    ]
     if unknown or not targets:
         raise AdapterError(
             f"adapter.targets: {unknown[0] if unknown else 'auto'!r} is no linear layer of the base;"
@@ -152,11 +158,12 @@ def load_adapter(folder: Path, base: Base) -> tuple[PeftModel, Manifest]:
     try:
         facts = json.loads((folder / "coadapt.json").read_text(encoding="utf-8"))
         manifest = Manifest.model_validate_json(json.dumps(facts["manifest"]))
+        trained_on = facts["weights_sha256"]
         state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no adapter of Coadapt: {type(error).__name__}") from error
-    if facts["weights_sha256"] != base.weights_sha256:
-        raise ModelError(f"{folder} was trained on weights {facts['weights_sha256']}, found {base.weights_sha256}")
+    if trained_on != base.weights_sha256:
+        raise ModelError(f"{folder} was trained on weights {trained_on}, found {base.weights_sha256}")
     model = attach(load_task_model(base, manifest), manifest.adapter)
     set_state(model, state)
     model.eval()

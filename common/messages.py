@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load as tensors_from_bytes
 from safetensors.numpy import save as tensors_to_bytes
@@ -108,7 +108,7 @@ def decode(data: bytes) -> Envelope:
         length = int.from_bytes(data[:8], "big")
         header = _HEADERS.validate_python(json.loads(data[8 : 8 + length]))
         tensors = tensors_from_bytes(data[8 + length :])
-    except (ValueError, ValidationError, SafetensorError) as error:
+    except (ValueError, KeyError, RecursionError, SafetensorError) as error:  # KeyError: a dtype without a numpy twin
         raise MessageError(
             f"an envelope cannot be read: {type(error).__name__}; both sides need one version"
         ) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -98,8 +99,9 @@ def _from_hub(section: ModelSection) -> Path:
             f"model.base: the hub id {section.base!r} needs model.revision (a commit) and model.weights_sha256;"
             " `coadapt init --base` fills them in"
         )
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     def snapshot(*, local_files_only: bool) -> Path:
         return Path(
@@ -117,13 +119,17 @@ def _from_hub(section: ModelSection) -> Path:
             return cached
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise ModelError(
+            f"model.base: {section.base!r} is neither a directory here nor a hub id 'owner/name'"
+        ) from error
     if section.base == DEFAULT_BASE and section.revision == DEFAULT_REVISION:
         wheel = importlib.util.find_spec(OFFLINE_WHEEL)
         if wheel is not None and wheel.origin is not None:
             return Path(wheel.origin).parent / "model"
     try:
         return snapshot(local_files_only=False)
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:  # the hub's own errors are one or the other
         raise ModelError(
             f"model.base: {section.base!r} at {section.revision} is not on this machine and the hub does not give it"
             f" ({type(error).__name__}); give a local directory with --set model.base=DIR"
@@ -230,11 +236,11 @@ def load_task_model(base: Base, manifest: Manifest) -> nn.Module:
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"model.base: {base.name} is an encoder-decoder; a decoder or an encoder is needed")
         model = _LOADERS[manifest.task.kind](base, config, manifest)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"model.base: {base.name} cannot be loaded for {manifest.task.kind}: {_first_line(error)}"
         ) from error
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = _longest_input(model, config)
     if longest is not None and manifest.data.max_length > longest:
         raise ModelError(
             f"data.max_length must be at most {longest}, the longest input of {base.name},"
@@ -251,6 +257,15 @@ def load_task_model(base: Base, manifest: Manifest) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(head is not None and name.startswith(f"{head}."))
     return model
+
+
+def _longest_input(model: nn.Module, config: Any) -> int | None:
+    """Positions that the base has, None where it has no limit; RoBERTa's start after that of the padding token."""
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return longest
 
 
 def _text_classifier(base: Base, config: Any, manifest: Manifest) -> nn.Module:
@@ -290,17 +305,26 @@ def _encoder(base: Base) -> nn.Module:
 
 
 def _load(kind: Any, base: Base, **options: Any) -> nn.Module:
-    return cast(
-        nn.Module,
-        kind.from_pretrained(
-            base.folder,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            **options,
-        ),
+    model, report = kind.from_pretrained(
+        base.folder,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # the head of a base that was tuned for other tags gives way to a new one
+        output_loading_info=True,
+        **options,
     )
+    # The library fills whatever else the files lack with random numbers, others at each site, and goes on.
+    head = head_name(model)
+    made_up = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    lacking = sorted(name for name in made_up if head is None or not name.startswith(f"{head}."))
+    if lacking:
+        raise ModelError(
+            f"model.base: the weights of {base.name} lack {len(lacking)} tensors that its config.json asks for,"
+            f" {lacking[0]} for one; use a complete copy of the base"
+        )
+    return cast(nn.Module, model)
 
 
 def _is_causal(config: Any) -> bool:

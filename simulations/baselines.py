@@ -5,6 +5,7 @@ alone takes the steps that it takes in the federation; centralised training take
 both see as many examples as the federation.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,11 +22,18 @@ from common.metrics import Counts
 from common.randomness import seed_dropout
 from common.tasks.task import Example
 
-__all__ = ["test_counts", "train_alone"]
+__all__ = ["HELD_OUT", "TEST", "part_of", "test_counts", "train_alone"]
+
+# Marks in front of the keys of a baseline's counts.
+TEST, HELD_OUT = "test/", "held_out/"
 
 
 def train_alone(request: Envelope, manifest: Manifest, site: str, folder: Path, *, steps: int) -> Envelope:
-    """Take `steps` steps on the folder's records from the request's adapter; counts on the test records."""
+    """Take `steps` steps on the folder's records from the request's adapter.
+
+    The answer's counts are those on the test records and, where the folder has any, on its held-out records; `part_of`
+    tells them apart.
+    """
     model = resident(manifest)
     set_state(model.model, request.tensors)
     examples = _examples(folder / "train.jsonl", manifest, model)
@@ -42,22 +50,36 @@ def train_alone(request: Envelope, manifest: Manifest, site: str, folder: Path, 
         total_steps=steps,
         precision=model.precision,
     )
+    counts = _marked(TEST, _measured(manifest, model, _test_examples(folder.parent / "test.jsonl", manifest)))
+    held_out = folder / "held_out.jsonl"
+    if held_out.exists():
+        own = _examples(held_out, manifest, model)[: manifest.evaluation.max_records]
+        counts |= _marked(HELD_OUT, _measured(manifest, model, own))
     values = request.header.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"})
-    return Envelope(header=Evaluated(**values, counts=_measured(manifest, model, folder.parent / "test.jsonl")))
+    return Envelope(header=Evaluated(**values, counts=counts))
+
+
+def _marked(part: str, counts: Counts) -> Counts:
+    return {part + key: value for key, value in counts.items()}
+
+
+def part_of(counts: Counts, part: str) -> Counts:
+    """The counts of one part, TEST or HELD_OUT, of a baseline's answer."""
+    return {key.removeprefix(part): value for key, value in counts.items() if key.startswith(part)}
 
 
 def test_counts(manifest: Manifest, adapter: AdapterState, root: Path) -> Counts:
     """Counts of an adapter on the test records."""
     model = resident(manifest)
     set_state(model.model, adapter)
-    return _measured(manifest, model, root / "test.jsonl")
+    return _measured(manifest, model, _test_examples(root / "test.jsonl", manifest))
 
 
-def _measured(manifest: Manifest, model: Resident, test: Path) -> Counts:
+def _measured(manifest: Manifest, model: Resident, examples: Sequence[Example]) -> Counts:
     return measure(
         model.model,
         model.task,
-        _test_examples(test, manifest),
+        examples,
         batch_size=manifest.evaluation.batch_size,
         precision=model.precision,
         metrics=manifest.metrics,

@@ -45,7 +45,7 @@ from server.coordinator import Coordinator
 from server.run_store import RunStore
 from simulations import summarise
 from simulations.app import THREADS, client
-from simulations.baselines import test_counts
+from simulations.baselines import HELD_OUT, TEST, part_of, test_counts
 from simulations.report import write_report
 from simulations.sites import POOLED, FederationData, lay_out, read_federation, simulation_of
 from simulations.summary import BaseModelFacts, RunSummary, Timing
@@ -55,6 +55,9 @@ __all__ = ["Plan", "Run", "pinned", "plan_workers", "simulate", "simulate_on", "
 # What a worker process needs beside the base: torch, transformers and Ray, measured at about 0.7 GB; and room for
 # activations and gradients of small batches.
 WORKER_BYTES = 1_500_000_000
+
+# How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
+NODES_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,7 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
     alone: dict[str, dict[str, float]] = field(default_factory=dict)
+    alone_held_out: dict[str, dict[str, float]] = field(default_factory=dict)
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
     coordinator: Coordinator | None = None
@@ -298,13 +302,8 @@ class Run:
 
     def _channel(self, grid: Grid, steps: dict[str, int], *, in_flight: int | None = None) -> FlowerChannel:
         """Sites on Flower's nodes. A pretend site shares the first node: only its notes tell who it is."""
-        nodes = sorted(grid.get_node_ids())
+        nodes = self._nodes(grid)
         names = list(self.sites)
-        if len(nodes) < len(self.data.train):
-            raise RunError(
-                f"{len(self.data.train)} sites need as many Flower nodes, found {len(nodes)};"
-                f" start with --federation-config num-supernodes={len(self.data.train)}"
-            )
         logs = self.store.folder / "site-logs"
         notes = {
             site: {
@@ -317,6 +316,19 @@ class Run:
         }
         spread = {site: nodes[index % len(self.data.train)] for index, site in enumerate(names)}
         return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight)
+
+    def _nodes(self, grid: Grid) -> list[int]:
+        """Flower's nodes. It starts the rounds before it has made them all, so they are waited for."""
+        deadline = time.monotonic() + NODES_SECONDS
+        while len(nodes := sorted(grid.get_node_ids())) < len(self.data.train):
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{len(self.data.train)} sites need as many Flower nodes, found {len(nodes)};"
+                    f" start with --federation-config num-supernodes={len(self.data.train)}"
+                )
+            if self.stop.wait(0.02):
+                raise Interrupted
+        return nodes
 
     def _train_baselines(self, grid: Grid) -> None:
         """Every site alone and all records in one place, in the workers; the longest training is sent off first."""
@@ -336,11 +348,14 @@ class Run:
             answer = reply.envelope.header if reply.envelope else None
             if not isinstance(answer, Evaluated):
                 raise RunError(f"the baseline of {reply.site!r} failed ({reply.code or 'message'}); see site-logs")
-            values = self._figures(answer.counts)
+            values = self._figures(part_of(answer.counts, TEST))
             if reply.site == POOLED:
                 self.table["centralised"] = values
             else:
                 self.alone[reply.site] = values
+                held_out = part_of(answer.counts, HELD_OUT)
+                if held_out:
+                    self.alone_held_out[reply.site] = self._figures(held_out)
             name = "centralised" if reply.site == POOLED else f"local:{reply.site}"
             self.report(BaselineFinished(baseline=name, figures=values))
 
@@ -400,7 +415,7 @@ class Run:
                 precision=self.resident.precision,
             ),
             data=summarise.data_facts(self.data, self.truncated, simulation_of(manifest).partitioner),
-            sites=summarise.site_facts(manifest, self.data, done, self.alone),
+            sites=summarise.site_facts(manifest, self.data, done, self.alone, self.alone_held_out),
             rounds=rounds,
             selected_round=self._selected(),
             table=summarise.comparison(

@@ -142,13 +142,11 @@ def site_validation(site: SiteFacts, selected: int) -> dict[str, float] | None:
 
 
 def site_figures(sites: Sequence[SiteFacts], metric: str, selected: int) -> Drawing | None:
-    """For each site: the federated model on its held-out records, and the site alone on the test set."""
+    """For each site, on its own held-out records: the federated model, and the model that the site trained alone."""
     shown, left_out = _largest(sites)
     bars = {
-        "federated, on the site's held-out records": [
-            _value(site_validation(site, selected), metric) for site in shown
-        ],
-        "site alone, on the test set": [_value(site.local_only, metric) for site in shown],
+        "federated": [_value(site_validation(site, selected), metric) for site in shown],
+        "site alone": [_value(site.local_only_held_out, metric) for site in shown],
     }
     bars = {name: values for name, values in bars.items() if _any_finite(values)}
     if not bars:

@@ -14,11 +14,11 @@ from common.config.manifest import LOWER_IS_BETTER
 from common.durable import write_text
 from simulations import plots
 from simulations.live import best_places, count_text, duration_text, figure_text, metric_title, size_text
+from simulations.report_page import PAGE
 from simulations.summary import RunSummary, SiteFacts, TableRow
 
 __all__ = ["main_result", "render", "write_report"]
 
-TEMPLATE = "report.html.j2"
 
 # Metrics between 0 and 1 of which a hundredth is called a point.
 SHARES = frozenset({"accuracy", "macro_f1", "entity_f1", "entity_precision", "entity_recall"})
@@ -35,7 +35,6 @@ def write_report(summary: RunSummary, path: Path) -> None:
 def render(summary: RunSummary) -> str:
     """The page of `summary`, as HTML."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -44,7 +43,7 @@ def render(summary: RunSummary) -> str:
     environment.filters.update(
         count=count_text, duration=duration_text, figure=figure_text, metric=metric_title, share=_share, size=size_text
     )
-    return environment.get_template(TEMPLATE).render(_view(summary))
+    return environment.from_string(PAGE).render(_view(summary))
 
 
 def main_result(summary: RunSummary) -> str:

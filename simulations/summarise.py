@@ -67,7 +67,11 @@ def failures(rounds: Sequence[StoredRound]) -> list[Failure]:
 
 
 def site_facts(
-    manifest: Manifest, data: FederationData, rounds: Sequence[StoredRound], alone: Mapping[str, Figures]
+    manifest: Manifest,
+    data: FederationData,
+    rounds: Sequence[StoredRound],
+    alone: Mapping[str, Figures],
+    alone_held_out: Mapping[str, Figures],
 ) -> list[SiteFacts]:
     """One row for each site."""
     facts = []
@@ -90,6 +94,7 @@ def site_facts(
                 bytes_up=sum(answer.bytes_up for answer in answers.values()),
                 bytes_down=sum(answer.bytes_down for answer in answers.values()),
                 local_only=alone.get(site),
+                local_only_held_out=alone_held_out.get(site),
             )
         )
     return facts

@@ -84,6 +84,9 @@ class SiteFacts(Facts):
     bytes_up: int
     bytes_down: int
     local_only: Figures | None = Field(description="this site training alone, measured on the test set")
+    local_only_held_out: Figures | None = Field(
+        None, description="this site training alone, measured on the site's own held-out records"
+    )
 
 
 class RoundFacts(Facts):

@@ -1,6 +1,7 @@
 """Causal language modelling: an answer after a prompt; the loss is taken on the answer alone."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -22,6 +23,9 @@ BUILT_IN_PROMPT = "Question: {instruction}\n{input}\nAnswer: "
 
 # A prompt may take at most this share of the longest input, so that something of every answer is left.
 PROMPT_SHARE = 0.75
+
+_PLACES = re.compile(r"\{instruction\}|\{input\}")
+_EMPTY_INPUT = re.compile(r"(\n*)\{input\}(\n*)")
 
 
 def prompt_template(task: TaskSection, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -60,8 +64,12 @@ class CausalLM:
             question = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
             messages = [{"role": "user", "content": question}]
             return cast(str, self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        text = self._template.replace("{instruction}", record.instruction).replace("{input}", record.input)
-        return text if record.input else text.replace("\n\n", "\n")
+        # Where there is no input its line goes too. Both are filled in at once: braces and blank lines of records stay.
+        template = self._template
+        if not record.input:
+            template = _EMPTY_INPUT.sub(lambda lines: max(lines[1], lines[2]), template)
+        values = {"{instruction}": record.instruction, "{input}": record.input}
+        return _PLACES.sub(lambda place: values[place[0]], template)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         """Prompt and answer as token ids; the target is the answer and the end token.
@@ -69,6 +77,8 @@ class CausalLM:
         Too long a prompt loses its beginning, too long an answer its end (and then its end token).
         """
         rows = cast(Sequence[InstructionRecord], records)
+        if not rows:
+            return Encoded([], 0)
         prompts = self._ids([self.prompt(record) for record in rows], special=not self._chat)
         answers = self._tokenizer(
             [record.output for record in rows], add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -78,11 +88,11 @@ class CausalLM:
             rows, prompts, answers["input_ids"], answers["offset_mapping"], strict=True
         ):
             room = self._longest - 1 - min(len(whole_prompt), int(self._longest * PROMPT_SHARE))
-            kept = answer if len(answer) <= room else answer[: room + 1]
-            tail = [*kept, self._tokenizer.eos_token_id] if len(kept) == len(answer) else kept
+            whole = len(answer) <= room
+            tail = [*answer, self._tokenizer.eos_token_id] if whole else answer[: room + 1]
             prompt = whole_prompt[-(self._longest - len(tail)) :]
-            truncated += len(kept) < len(answer) or len(prompt) < len(whole_prompt)
-            text = record.output[: offsets[len(kept) - 1][1]] if len(kept) < len(answer) else record.output
+            truncated += not whole or len(prompt) < len(whole_prompt)
+            text = record.output if whole else record.output[: offsets[len(tail) - 1][1]]
             examples.append(
                 Example(
                     tokens=np.asarray([*prompt, *tail], dtype=np.int32),

@@ -110,6 +110,8 @@ def first_windows(
     Returns the encoding, the row of each text in it, and how many texts were cut. (A cut text has further rows in
     the encoding, which are left alone: counting them is how a cut is noticed without encoding twice.)
     """
+    if not texts:  # the tokenizers fail on an empty list
+        return {}, [], 0
     encoding = tokenizer(texts, truncation=True, max_length=longest, return_overflowing_tokens=True, **options)
     owners = encoding["overflow_to_sample_mapping"]
     rows = [index for index, owner in enumerate(owners) if index == 0 or owners[index - 1] != owner]

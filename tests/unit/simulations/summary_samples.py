@@ -121,6 +121,7 @@ def site_facts(
         bytes_up=6_200_000,
         bytes_down=7_440_000,
         local_only=figures(0.7 + skill, metrics) if baselines else None,
+        local_only_held_out=figures(0.8 + skill, metrics) if baselines else None,
     )
 
 

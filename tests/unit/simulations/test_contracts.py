@@ -41,7 +41,7 @@ def test_the_records_are_the_same_on_every_machine() -> None:
 
     # Changes with any phrase or probability; results that were published with the old records then need a new run.
     assert (
-        hashlib.sha256(texts.encode()).hexdigest() == "e4340aad6736161070a2c05056f7313f26f7e0468dd4d35593d391fba0b05397"
+        hashlib.sha256(texts.encode()).hexdigest() == "49c585d035df68ed63c24a115fbc24dda41ad8c3f371d90ed878a01e359822e3"
     )
 
 
@@ -82,7 +82,7 @@ def test_a_contract_belongs_to_one_firm_and_holds_six_to_ten_clauses() -> None:
         assert set(clauses.values()) <= set(range(6, 11))
 
 
-@pytest.mark.parametrize(("split", "low", "high"), [("train", 1350, 1650), ("dev", 240, 340), ("test", 620, 820)])
+@pytest.mark.parametrize(("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 430, 530)])
 def test_splits_have_their_sizes(split: str, low: int, high: int) -> None:
     assert low <= len(split_of(split)) <= high
 
@@ -99,7 +99,7 @@ def test_a_firms_training_mix_is_skewed_and_lacks_types(firm: str) -> None:
     mix = Counter(record["label"] for record in split_of("train") if record["group"] == firm)
     five_most = sum(count for _, count in mix.most_common(5))
 
-    assert 0.7 <= five_most / mix.total() <= 0.9
+    assert 0.45 <= five_most / mix.total() <= 0.7
     assert 3 <= len(set(LABELS) - set(mix)) <= 6
 
 

@@ -232,7 +232,7 @@ def test_a_run_without_baselines_says_so() -> None:
     parsed = page(sample(baselines=False))
     assert "Baselines were not measured in this run." in parsed.text
     assert "alone, on the test set" not in parsed.text
-    assert "The two kinds of bars" not in parsed.text
+    assert "Both bars of a site" not in parsed.text
 
 
 def test_the_best_of_each_column_is_bold(html: str) -> None:

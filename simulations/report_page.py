@@ -1,4 +1,9 @@
-{% macro drawing(plot, caption, missing="Nothing to draw.") %}
+"""The page of `report.html` as a Jinja template. A Python file, because a Flower app carries no other kind of it."""
+
+__all__ = ["PAGE"]
+
+# ruff: noqa: E501
+PAGE = """{% macro drawing(plot, caption, missing="Nothing to draw.") %}
 {% if plot %}
 <figure{{ ' class="large"' | safe if plot.large }}>
 <div class="plot"{{ ' tabindex="0"' | safe if plot.large }} role="img" aria-label="{{ plot.alt }}">{{ plot.svg }}</div>
@@ -17,7 +22,7 @@
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ summary.federation }} – run {{ summary.run_id }}</title>
+<title>{{ summary.federation }} - run {{ summary.run_id }}</title>
 <style>
 :root { color-scheme: light; --ink: #22262b; --soft: #5a626c; --line: #d9dde2; --tint: #f4f6f8; --blue: #0072b2; }
 * { box-sizing: border-box; }
@@ -182,7 +187,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <h2 id="sites-title">Sites</h2>
 {% if sites %}
 <div class="plots">
-{{ drawing(plots.sites, "By site: " ~ chooser | metric ~ "." ~ (" The two kinds of bars are measured on different records: compare them between sites rather than with each other." if local_known else ""), "No figures by site are known.") }}
+{{ drawing(plots.sites, "By site: " ~ chooser | metric ~ "." ~ (" Both bars of a site are measured on its own held-out records." if local_known else ""), "No figures by site are known.") }}
 {{ drawing(plots.site_losses, "Training loss of each site; gaps are rounds that it sat out.", "No training loss by site is known.") }}
 </div>
 <p class="soft">Held-out figures are of round {{ summary.selected_round }}, or of the last round that is known.</p>
@@ -306,3 +311,4 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <footer>All figures of this page are in <code>summary.json</code> beside it.</footer>
 </body>
 </html>
+"""
