@@ -58,16 +58,20 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this machine: its folder, and the digests of what lies there."""
+    """A base model on this machine: its folder, and the digests of what lies there. A directory has no revision."""
 
     name: str
+    revision: str | None
     folder: Path
     weights_sha256: str
     tokenizer_sha256: str
 
 
-def find_base(section: ModelSection) -> Base:
+def find_base(section: ModelSection, *, pinning: bool = False) -> Base:
     """The base that the manifest names, with its digests checked.
+
+    With `pinning` a hub id without its pins is accepted, at the commit that the hub has now if none is given: for
+    writing a manifest, never for running one.
 
     Looked for in this order: a local directory; the hub's cache; for the default base the offline wheel; the hub.
     Content is pinned by digest, so the order decides about time alone: a machine behind a firewall does not wait.
@@ -77,8 +81,9 @@ def find_base(section: ModelSection) -> Base:
     """
     folder = Path(section.base).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(section)
-    base = Base(section.base, folder, _weights_digest(folder), _tokenizer_digest(folder))
+        section = _at_a_commit(section) if pinning else section
+        folder = _from_hub(section, pinning=pinning)
+    base = Base(section.base, section.revision, folder, _weights_digest(folder), _tokenizer_digest(folder))
     for what, wanted, found in (
         ("weights_sha256", section.weights_sha256, base.weights_sha256),
         ("tokenizer_sha256", section.tokenizer_sha256, base.tokenizer_sha256),
@@ -91,10 +96,26 @@ def find_base(section: ModelSection) -> Base:
     return base
 
 
-def _from_hub(section: ModelSection) -> Path:
+def _at_a_commit(section: ModelSection) -> ModelSection:
+    """The section with the hub's present commit where it names none."""
+    if section.revision is not None or section.base.count("/") != 1:
+        return section
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        return section.model_copy(update={"revision": HfApi().model_info(section.base).sha})
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model.base: the hub does not say which commit of {section.base!r} is the newest ({type(error).__name__});"
+            " name one with --revision, or give a local directory"
+        ) from error
+
+
+def _from_hub(section: ModelSection, *, pinning: bool) -> Path:
     if section.base.startswith((".", "/", "~")) or section.base.count("/") != 1:
         raise ModelError(f"model.base: {section.base!r} is neither a directory here nor a hub id 'owner/name'")
-    if section.revision is None or section.weights_sha256 is None:
+    if (section.revision is None or section.weights_sha256 is None) and not pinning:
         raise ModelError(
             f"model.base: the hub id {section.base!r} needs model.revision (a commit) and model.weights_sha256;"
             " `coadapt init --base` fills them in"

@@ -99,7 +99,8 @@ class Coordinator:
         began = time.monotonic()
         # 1. Invite every site with the present adapter.
         self._report(RoundStarted(round=number, sites=self._sites))
-        start = RoundStart(**self._header(number), evaluate=True)
+        measure = (number - 1) % self._manifest.evaluation.every == 0
+        start = RoundStart(**self._header(number), evaluate=measure)
         request = encode(Envelope(header=start, tensors=self.adapter))
         # 2. Take in the changes as they come. A site that fails sits the round out; the others go on.
         mean = WeightedMean(self.adapter)

@@ -57,10 +57,8 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
         base_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
         plan = plan_workers(manifest.simulation.workers, sites=len(federation.train), base_bytes=base_bytes)
         rows.append(("workers", f"{plan.workers} with {plan.threads} threads each"))
-    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(name, escape(value))
-    console.print(table)
+        console.print(f"{name:<18}{value}", soft_wrap=True, highlight=False, markup=False)
     if federation:
         console.print()
         console.print(_site_table(manifest, federation.train, federation.held_out, len(federation.test)))

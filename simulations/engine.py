@@ -12,6 +12,7 @@ round by round; at the end the test records are measured once, and summary and r
 
 import contextlib
 import datetime
+import logging
 import os
 import re
 import secrets
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -49,6 +50,7 @@ from simulations.baselines import HELD_OUT, TEST, part_of, test_counts
 from simulations.report import write_report
 from simulations.sites import POOLED, FederationData, lay_out, read_federation, simulation_of
 from simulations.summary import BaseModelFacts, RunSummary, Timing
+from simulations.workers import end_workers, start_workers
 
 __all__ = ["Plan", "Run", "pinned", "plan_workers", "simulate", "simulate_on", "start_flower"]
 
@@ -80,17 +82,20 @@ def plan_workers(wanted: int | str, *, sites: int, base_bytes: int) -> Plan:
     return Plan(workers, max(1, cores // workers), gpus / workers if gpus else 0.0)
 
 
-def pinned(manifest: Manifest) -> Manifest:
+def pinned(manifest: Manifest, *, pinning: bool = False) -> Manifest:
     """The manifest with the digests of the base, tokenizer and prompt that are used, and the base's full path.
+
+    `pinning` accepts a hub id without pins, as for `coadapt init`.
 
     Raises:
         ModelError: the base cannot be found, or is not the one that the manifest pins.
     """
-    base = find_base(manifest.model)
+    base = find_base(manifest.model, pinning=pinning)
     local = Path(manifest.model.base).expanduser()
     model = manifest.model.model_copy(
         update={
             "base": str(local.resolve()) if local.is_dir() else manifest.model.base,
+            "revision": base.revision,
             "weights_sha256": base.weights_sha256,
             "tokenizer_sha256": base.tokenizer_sha256,
         }
@@ -161,15 +166,16 @@ def start_flower(run: "Run", client: ClientApp) -> None:
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         run.federate(grid)
+        if isinstance(run.failure, Interrupted):
+            quiet(logging.CRITICAL)  # Flower shows a traceback of every call that is cut off
+            end_workers()
 
     os.environ[THREADS] = str(plan.threads)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
-    init: dict[str, Any] = {"num_cpus": plan.workers, "log_to_driver": False, "logging_level": "ERROR"}
     try:
-        run_simulation(
-            server, client, len(run.data.train), backend_config={"client_resources": resources, "init_args": init}
-        )
+        start_workers(plan.workers)
+        run_simulation(server, client, len(run.data.train), backend_config={"client_resources": resources})
     except Exception as error:
         if run.failure is None:
             run.failure = error if isinstance(error, CoadaptError) else _engine_failed(error)
@@ -379,19 +385,23 @@ class Run:
         """Measure on test if the rounds are finished; write summary and report; raise what stopped the run."""
         if self.failure is None and self.data.test:
             self._test()
-        interrupted = isinstance(self.failure, Interrupted)
-        status = "interrupted" if interrupted else "failed" if self.failure else "finished"
-        reason = "stopped by the person" if interrupted else str(self.failure or "")
+        if self.failure is None:
+            return self._write("finished", "")
+        if isinstance(self.failure, Interrupted):
+            return self._write("interrupted", "stopped by the person")
+        with contextlib.suppress(RunError):  # a full disk may be what stopped the run: then say that, once
+            self._write("failed", str(self.failure))
+        raise self.failure
+
+    def _write(self, status: Literal["finished", "interrupted", "failed"], reason: str) -> RunSummary:
         self.report(PhaseStarted(phase="report"))
         summary = self._summary(status, reason)
         self.store.write("summary.json", summary.model_dump_json(indent=2) + "\n")
         write_report(summary, self.store.folder / "report.html")
         self.report(RunStopped(status=status, reason=reason))
-        if self.failure is not None and not interrupted:
-            raise self.failure
         return summary
 
-    def _summary(self, status: Any, reason: str) -> RunSummary:
+    def _summary(self, status: Literal["finished", "interrupted", "failed"], reason: str) -> RunSummary:
         rounds = summarise.round_facts(self.coordinator) if self.coordinator else []
         done = self.coordinator.rounds if self.coordinator else []
         model, manifest = self.resident.model, self.manifest

@@ -56,7 +56,7 @@ def write_manifest(
     }
     if train:
         values["simulation"] = {"train": train, "sites": sites}
-    write_text(path, annotated(pinned(_validated(path, values))))
+    write_text(path, annotated(pinned(_validated(path, values), pinning=True)))
 
 
 def _validated(path: Path, values: dict[str, object]):  # type: ignore[no-untyped-def]  # a Manifest

@@ -238,6 +238,7 @@ class EvaluationSection(Section):
     holdout: Fraction = Field(
         0.1, description="share of each site's units kept out of training to measure on, where no dev file is given"
     )
+    every: int = Field(1, ge=1, description="rounds from one measuring to the next; the last round is always measured")
     max_records: int = Field(500, ge=1, description="most held-out records that a site measures on in a round")
     batch_size: int = Field(64, ge=1, le=65536, description="records in one forward pass when measuring")
     select: Literal["last", "best"] = Field(

@@ -195,6 +195,14 @@ class TestHub:
         assert [call["revision"] for call in hub.calls] == [DEFAULT_REVISION]
         assert pooling_of(base.folder, causal=True) == "mean"  # as sentence encoders of this family are trained
 
+    def test_the_default_base_loads_whole(self, monkeypatch: pytest.MonkeyPatch, manifest_for: Manifests) -> None:
+        self.with_hub(monkeypatch, MISSING, MISSING)
+        manifest = manifest_for().model_copy(update={"model": ModelSection()})
+        model = load_task_model(find_base(manifest.model), manifest)
+        assert isinstance(model, PooledClassifier)
+        assert model.pooling == "mean"
+        assert sum(parameter.numel() for parameter in model.encoder.parameters()) > 20e6
+
     def test_the_wheel_stands_for_the_default_revision_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.with_hub(monkeypatch, MISSING, MISSING)
         section = ModelSection(base=DEFAULT_BASE, revision=COMMIT, weights_sha256=DEFAULT_WEIGHTS_SHA256)
@@ -250,7 +258,7 @@ class TestLoading:
         manifest = manifest_for(model={"base": str(folder), "pooling": pooling})
         model = load_task_model(find_base(manifest.model), manifest).eval()
         ids = torch.randint(5, 300, (3, 20), generator=torch.Generator().manual_seed(1))
-        alone, other = torch.ones(3, 20, dtype=torch.long), torch.randint(5, 300, (3, 13))
+        alone, other = torch.ones(3, 20, dtype=torch.long), torch.full((3, 13), 7)
         padded = model(torch.cat([ids, other], 1), torch.cat([alone, torch.zeros_like(other)], 1))
         torch.testing.assert_close(padded, model(ids, alone), rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,68 @@
+"""Ray's worker processes: started so that they find our code and no other, and ended when nobody waits for them.
+
+Ray puts the current folder first in its workers' `sys.path`. A folder there that is named `client`, say, would take
+the place of ours. So every worker imports our rooms before, and then gets the path of the process that started it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+
+import psutil
+
+__all__ = ["end_workers", "restore_path", "start_workers", "worker_starts"]
+
+# Environment variable with `sys.path` of the process that started the workers, as JSON.
+PATH = "COADAPT_PATH"
+
+# Of "ray::ClientAppActor.run()" Linux keeps fifteen characters as the process's name.
+NAME = "ray::ClientAppA"
+
+
+def start_workers(count: int) -> None:
+    """Start Ray for `count` workers on this machine, before Flower would; where Ray runs already it is left as it is.
+
+    Ray takes SIGTERM over and ends the process on it in the middle of things; the handlers from before are put back.
+    """
+    import ray  # late: it takes a second
+
+    if ray.is_initialized():
+        return
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(
+        address="local",
+        num_cpus=count,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={
+            "env_vars": {PATH: json.dumps(sys.path)},
+            "worker_process_setup_hook": "simulations.workers.worker_starts",
+        },
+    )
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def worker_starts() -> None:
+    """Ray calls this first in a new worker: every module that a worker needs is imported from where we lie."""
+    import simulations.app  # noqa: F401
+
+
+def restore_path() -> None:
+    """Give a worker the path of the process that started it; nothing happens where that was not `start_workers`."""
+    path = os.environ.get(PATH)
+    if path is not None:
+        sys.path[:] = json.loads(path)
+
+
+def end_workers() -> None:
+    """Kill the workers of this process, in the middle of what they do, however long it would take."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ended by itself
+            if process.name().startswith(NAME):
+                process.terminate()
