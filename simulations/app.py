@@ -16,7 +16,7 @@ from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
 from simulations.baselines import train_alone
-from simulations.workers import restore_path
+from simulations.workers import worker_begins
 
 __all__ = ["THREADS", "client", "server"]
 
@@ -71,7 +71,7 @@ def _notes(message: Message) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _manifest(root: Path) -> Manifest:
     quiet()
-    restore_path()
+    worker_begins()
     torch.set_num_threads(int(os.environ.get(THREADS, "1")))
     return Manifest.model_validate_json((root / "federation.json").read_bytes())
 

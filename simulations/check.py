@@ -14,8 +14,8 @@ from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.messages import Envelope, Evaluate, encode
 from simulations.engine import WORKER_BYTES, pinned, plan_workers
-from simulations.live import count_text, size_text
 from simulations.sites import label_counts, read_federation
+from simulations.wording import count_text, size_text
 
 __all__ = ["print_check", "training_bytes"]
 

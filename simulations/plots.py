@@ -19,8 +19,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from simulations.live import duration_text, figure_text, metric_title, size_text
 from simulations.summary import RoundFacts, SiteFacts, Timing
+from simulations.wording import duration_text, figure_text, metric_title, size_text
 
 __all__ = [
     "MOST_LABELS",

@@ -13,9 +13,9 @@ import jinja2
 from common.config.manifest import LOWER_IS_BETTER
 from common.durable import write_text
 from simulations import plots
-from simulations.live import best_places, count_text, duration_text, figure_text, metric_title, size_text
 from simulations.report_page import PAGE
 from simulations.summary import RunSummary, SiteFacts, TableRow
+from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
 __all__ = ["main_result", "render", "write_report"]
 

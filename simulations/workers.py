@@ -13,13 +13,16 @@ import threading
 
 import psutil
 
-__all__ = ["end_workers", "restore_path", "start_workers", "worker_starts"]
+__all__ = ["end_workers", "start_workers", "worker_begins", "worker_starts"]
 
 # Environment variable with `sys.path` of the process that started the workers, as JSON.
 PATH = "COADAPT_PATH"
 
 # Of "ray::ClientAppActor.run()" Linux keeps fifteen characters as the process's name.
 NAME = "ray::ClientAppA"
+
+# Seconds that a worker gets to end in order.
+PATIENCE = 5.0
 
 
 def start_workers(count: int) -> None:
@@ -53,16 +56,31 @@ def worker_starts() -> None:
     import simulations.app  # noqa: F401
 
 
-def restore_path() -> None:
-    """Give a worker the path of the process that started it; nothing happens where that was not `start_workers`."""
+def worker_begins() -> None:
+    """Called before a worker's first work; nothing happens in workers that `start_workers` did not start.
+
+    It gets the path of the process that started it, and will end in order when `end_workers` says so: of a worker
+    that is killed Ray makes a report on the terminal.
+    """
     path = os.environ.get(PATH)
     if path is not None:
         sys.path[:] = json.loads(path)
+        signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    import ray
+
+    ray.actor.exit_actor()
 
 
 def end_workers() -> None:
-    """Kill the workers of this process, in the middle of what they do, however long it would take."""
+    """End the workers of this process in the middle of what they do, which may take hours."""
+    workers = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ended by itself
             if process.name().startswith(NAME):
                 process.terminate()
+                workers.append(process)
+    for process in psutil.wait_procs(workers, timeout=PATIENCE)[1]:
+        process.kill()

@@ -20,7 +20,8 @@ from common.progress import (
     SiteFailed,
     SiteFinished,
 )
-from simulations.live import LiveView, best_places, duration_text, figure_text, metric_title, print_table, size_text
+from simulations.live import LiveView, print_table
+from simulations.wording import best_places, duration_text, figure_text, metric_title, size_text
 
 SITES = ("north", "south", "west")
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
