@@ -48,6 +48,6 @@ def _load(manifest: Manifest) -> Resident:
     if manifest.training.gradient_checkpointing:
         # Non-reentrant: it needs no gradient at the input, which a frozen embedding does not give.
         options = {"use_reentrant": False}
-        cast(Any, getattr(model, "encoder", model)).gradient_checkpointing_enable(options)
+        cast(Any, getattr(model, "encoder", model)).activation_checkpointing_enable(options)
     adapted = cast(PeftModel, attach(model.to(device), manifest.adapter).to(device))
     return Resident(base, adapted, task, device, precision(manifest.training.precision, device))

@@ -6,6 +6,7 @@ States are what sites train, send and receive; their order is the sorted order o
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -79,7 +80,10 @@ def attach(model: nn.Module, section: AdapterSection) -> PeftModel:
         bias="none",
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
-    return cast(PeftModel, get_peft_model(model, config))
+    with warnings.catch_warnings():
+        # PEFT asks for a property by a name that transformers is giving up.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return cast(PeftModel, get_peft_model(model, config))
 
 
 def get_state(model: PeftModel) -> AdapterState:

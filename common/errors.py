@@ -17,6 +17,8 @@ A message says what is wrong, the rule, the value found and what to do, on one l
 hold a record, so between processes only the code travels (`client/relay.py`).
 """
 
+import re
+
 __all__ = [
     "AdapterError",
     "CoadaptError",
@@ -107,4 +109,4 @@ def error_code(error: BaseException) -> str:
     """The only description of `error` that may leave a site: a fixed word or a class name."""
     if isinstance(error, CoadaptError):
         return error.code
-    return f"unexpected:{type(error).__name__}"
+    return f"unexpected:{re.sub('[^A-Za-z0-9_]', '_', type(error).__name__)[:60]}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from common.errors import ExtensionError
 from common.extensions import load
 from common.metrics import Counts, add, own_counts
 from common.tasks.task import Example, Predictions, Task
@@ -44,6 +45,10 @@ def measure(
                 said.expected.extend(part.expected)
     model.train(was_training)
     for metric in own:
-        value = load(metric, "metric")(said.predicted, said.expected)
+        function = load(metric, "metric")
+        try:
+            value = function(said.predicted, said.expected)
+        except Exception as error:  # its text may hold a record, so only its kind is told
+            raise ExtensionError(f"metric {metric!r}: raised {type(error).__name__}; it must give a number") from error
         total = add(total, own_counts(metric, value, len(examples)))
     return total

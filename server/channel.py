@@ -1,5 +1,6 @@
 """How the coordinator reaches the sites: requests out, replies in as they come, over Flower's Grid."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,10 @@ from common.flower import ConfigRecord, Grid, Message, RecordDict, pack, unpack
 from common.messages import Envelope, decode
 
 __all__ = ["Channel", "FlowerChannel", "Interrupted", "Reply"]
+
+
+# What a code may look like; anything else might be text from a record.
+_CODE = re.compile(r"[A-Za-z0-9_:]{1,80}")
 
 
 class Interrupted(Exception):  # no CoadaptError: a wish of the person, not a fault
@@ -100,7 +105,8 @@ def _read(site: str, message: Message, bytes_down: int) -> Reply:
         return Reply(site, None, f"flower_{message.error.code}", 0, bytes_down)
     failure = message.content.config_records.get("failure")
     if failure is not None:
-        return Reply(site, None, str(failure["code"]), 0, bytes_down)
+        code = str(failure.get("code", ""))
+        return Reply(site, None, code if _CODE.fullmatch(code) else MessageError.code, 0, bytes_down)
     try:
         data = unpack(message.content)
         envelope = decode(data)

@@ -125,7 +125,7 @@ class Coordinator:
         self._report(
             RoundFinished(
                 round=number,
-                train_loss=done.train_loss or math.nan,
+                train_loss=math.nan if done.train_loss is None else done.train_loss,
                 answered=len(done.answers),
                 failed=len(done.failures),
                 bytes_up=sum(answer.bytes_up for answer in done.answers),

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from common.codec.state import AdapterState, state_digest
@@ -28,7 +29,8 @@ class RunStore:
         self.folder = folder
         self._write_adapter = write_adapter
         try:
-            (folder / "rounds").mkdir(parents=True)
+            folder.mkdir(parents=True)
+            (folder / "rounds").mkdir()
         except FileExistsError as error:
             raise RunError(
                 f"{folder} exists already; a run never writes over another: choose another --run-id"
@@ -51,12 +53,15 @@ class RunStore:
         """The adapter after a round.
 
         Raises:
-            RunError: it is not the adapter that was stored.
+            RunError: it is not the adapter that was stored, or cannot be read.
         """
         folder = self.round_folder(number)
-        state: AdapterState = load_file(folder / "adapter_model.safetensors")
-        facts = json.loads((folder / "round.json").read_text(encoding="utf-8"))
-        if state_digest(state) != facts["adapter_sha256"]:
+        try:
+            state: AdapterState = load_file(folder / "adapter_model.safetensors")
+            stored = json.loads((folder / "round.json").read_text(encoding="utf-8"))["adapter_sha256"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RunError(f"{folder} cannot be read: {type(error).__name__}; it is damaged or gone") from error
+        if state_digest(state) != stored:
             raise RunError(f"{folder} was changed after it was stored; its digest is not the stored one")
         return state
 

@@ -14,7 +14,6 @@ from client.resident import Resident, resident
 from client.sampling import batches
 from client.training.loop import train
 from common.adapters import set_state
-from common.codec.state import AdapterState
 from common.config.manifest import Manifest
 from common.evaluation import measure
 from common.messages import Envelope, Evaluated
@@ -22,34 +21,35 @@ from common.metrics import Counts
 from common.randomness import seed_dropout
 from common.tasks.task import Example
 
-__all__ = ["HELD_OUT", "TEST", "part_of", "test_counts", "train_alone"]
+__all__ = ["HELD_OUT", "TEST", "part_of", "train_alone"]
 
 # Marks in front of the keys of a baseline's counts.
 TEST, HELD_OUT = "test/", "held_out/"
 
 
 def train_alone(request: Envelope, manifest: Manifest, site: str, folder: Path, *, steps: int) -> Envelope:
-    """Take `steps` steps on the folder's records from the request's adapter.
+    """Take `steps` steps (0: none) on the folder's records from the request's adapter, and measure.
 
     The answer's counts are those on the test records and, where the folder has any, on its held-out records; `part_of`
     tells them apart.
     """
     model = resident(manifest)
     set_state(model.model, request.tensors)
-    examples = _examples(folder / "train.jsonl", manifest, model)
-    section = manifest.training
-    seed_dropout(section.seed, site, "alone")
-    train(
-        model.model,
-        model.task,
-        examples,
-        batches(len(examples), section.batch_size, seed=section.seed, site=site, cursor=0),
-        section,
-        first_step=0,
-        steps=steps,
-        total_steps=steps,
-        precision=model.precision,
-    )
+    if steps:
+        examples = _examples(folder / "train.jsonl", manifest, model)
+        section = manifest.training
+        seed_dropout(section.seed, site, "alone")
+        train(
+            model.model,
+            model.task,
+            examples,
+            batches(len(examples), section.batch_size, seed=section.seed, site=site, cursor=0),
+            section,
+            first_step=0,
+            steps=steps,
+            total_steps=steps,
+            precision=model.precision,
+        )
     counts = _marked(TEST, _measured(manifest, model, _test_examples(folder.parent / "test.jsonl", manifest)))
     held_out = folder / "held_out.jsonl"
     if held_out.exists():
@@ -66,13 +66,6 @@ def _marked(part: str, counts: Counts) -> Counts:
 def part_of(counts: Counts, part: str) -> Counts:
     """The counts of one part, TEST or HELD_OUT, of a baseline's answer."""
     return {key.removeprefix(part): value for key, value in counts.items() if key.startswith(part)}
-
-
-def test_counts(manifest: Manifest, adapter: AdapterState, root: Path) -> Counts:
-    """Counts of an adapter on the test records."""
-    model = resident(manifest)
-    set_state(model.model, adapter)
-    return _measured(manifest, model, _test_examples(root / "test.jsonl", manifest))
 
 
 def _measured(manifest: Manifest, model: Resident, examples: Sequence[Example]) -> Counts:

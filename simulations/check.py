@@ -13,7 +13,7 @@ from common.codec.state import state_digest
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.messages import Envelope, Evaluate, encode
-from simulations.engine import WORKER_BYTES, pinned, plan_workers
+from simulations.engine import WORKER_BYTES, find_metrics, pinned, plan_workers
 from simulations.sites import label_counts, read_federation
 from simulations.wording import count_text, size_text
 
@@ -28,6 +28,7 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     """
     manifest = load_manifest(path, overrides)
     folders = [folder for folder in (data, path.parent) if folder is not None]
+    find_metrics(manifest, folders[-1])
     federation = read_federation(manifest, folders) if manifest.simulation else None
     manifest = pinned(manifest)
     model = resident(manifest)

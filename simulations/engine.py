@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, RunError
+from common.extensions import load
 from common.flower import ClientApp, Context, Grid, ServerApp, quiet
 from common.messages import Envelope, Evaluate, Evaluated, encode
 from common.metrics import figures
@@ -46,13 +47,13 @@ from server.coordinator import Coordinator
 from server.run_store import RunStore
 from simulations import summarise
 from simulations.app import THREADS, client
-from simulations.baselines import HELD_OUT, TEST, part_of, test_counts
+from simulations.baselines import HELD_OUT, TEST, part_of
 from simulations.report import write_report
 from simulations.sites import POOLED, FederationData, lay_out, read_federation, simulation_of
 from simulations.summary import BaseModelFacts, RunSummary, Timing
 from simulations.workers import end_workers, start_workers
 
-__all__ = ["Plan", "Run", "pinned", "plan_workers", "simulate", "simulate_on", "start_flower"]
+__all__ = ["Plan", "Run", "find_metrics", "pinned", "plan_workers", "simulate", "simulate_on", "start_flower"]
 
 # What a worker process needs beside the base: torch, transformers and Ray, measured at about 0.7 GB; and room for
 # activations and gradients of small batches.
@@ -106,6 +107,17 @@ def pinned(manifest: Manifest, *, pinning: bool = False) -> Manifest:
         digest = task.prompt_sha256 or prompt_digest(task, load_tokenizer(base))
         task = task.model_copy(update={"prompt_sha256": digest})
     return manifest.model_copy(update={"model": model, "task": task})
+
+
+def find_metrics(manifest: Manifest, search: Path) -> None:
+    """Import own metrics, with `search` as a last place to look, which workers are then told of too.
+
+    Raises:
+        ExtensionError: one of them cannot be imported.
+    """
+    for metric in manifest.metrics:
+        if ":" in metric:
+            load(metric, "metric", search=search)
 
 
 def simulate(
@@ -205,6 +217,15 @@ def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """Steps to take on a site's records from an adapter, before it is measured; none to measure it as it is."""
+
+    site: str
+    steps: int
+    adapter: AdapterState
+
+
 @dataclass
 class Run:
     """One simulated run, from prepared data to the summary."""
@@ -231,6 +252,7 @@ class Run:
     def prepare(cls, manifest: Manifest, folders: Sequence[Path], *, began: float, baselines: bool | None) -> "Run":
         """Read and check everything; nothing is written and no process is started."""
         simulation = simulation_of(manifest)
+        find_metrics(manifest, folders[-1])
         data = read_federation(manifest, folders)
         manifest = pinned(manifest)
         model = resident(manifest)
@@ -259,8 +281,8 @@ class Run:
         self.sinks = [log, view] if view else [log]
         with contextlib.ExitStack() as stack:
             stack.callback(log.close)
-            self.root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coadapt-sites-")))
-            self.sites = lay_out(self.root, self.manifest, self.data)
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coadapt-sites-")))
+            self.sites = lay_out(root, self.manifest, self.data)
             self.report(
                 RunStarted(
                     run_id=self.run_id,
@@ -285,11 +307,15 @@ class Run:
         save_adapter(folder, self.resident.model, adapter, self.resident.base, self.manifest)
 
     def federate(self, grid: Grid) -> None:
-        """The rounds and the trained baselines; whatever stops them is kept for `finish`."""
+        """The rounds, the trained baselines, and the test; whatever stops them is kept for `finish`."""
         try:
             self._rounds(grid)
             if self.baselines:
                 self._train_baselines(grid)
+            if self.data.test:
+                self.report(PhaseStarted(phase="test"))
+                result = _Job(POOLED, 0, self.store.load_round(self._selected()))
+                self._measure_on_test(grid, {"federated": result})
         except (CoadaptError, Interrupted) as error:
             self.failure = error
 
@@ -300,27 +326,26 @@ class Run:
             run_id=self.run_id,
             sites=list(self.data.train),
             first=self.first,
-            channel=self._channel(grid, {}),
+            channel=self._channel(grid, {site: _Job(site, 0, {}) for site in self.data.train}),
             store=self.store,
             report=self.report,
         )
         self.store.save_result(self.coordinator.run())
 
-    def _channel(self, grid: Grid, steps: dict[str, int], *, in_flight: int | None = None) -> FlowerChannel:
-        """Sites on Flower's nodes. A pretend site shares the first node: only its notes tell who it is."""
+    def _channel(self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None) -> FlowerChannel:
+        """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is."""
         nodes = self._nodes(grid)
-        names = list(self.sites)
-        logs = self.store.folder / "site-logs"
+        logs = (self.store.folder / "site-logs").resolve()
         notes = {
-            site: {
-                "site": site,
-                "folder": str(folder),
-                "log": str(logs.resolve() / f"{folder.name}.log"),
-                "steps": str(steps.get(site, 0)),
+            name: {
+                "site": job.site,
+                "folder": str(self.sites[job.site]),
+                "log": str(logs / f"{self.sites[job.site].name}.log"),
+                "steps": str(job.steps),
             }
-            for site, folder in self.sites.items()
+            for name, job in jobs.items()
         }
-        spread = {site: nodes[index % len(self.data.train)] for index, site in enumerate(names)}
+        spread = {name: nodes[index % len(nodes)] for index, name in enumerate(jobs)}
         return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight)
 
     def _nodes(self, grid: Grid) -> list[int]:
@@ -337,54 +362,50 @@ class Run:
         return nodes
 
     def _train_baselines(self, grid: Grid) -> None:
-        """Every site alone and all records in one place, in the workers; the longest training is sent off first."""
+        """All records in one place, every site alone, and nothing trained; the longest training is sent off first."""
         self.report(PhaseStarted(phase="baselines"))
-        section = self.manifest.training
-        own = section.rounds * section.local_steps
-        steps = {POOLED: own * len(self.data.train), **dict.fromkeys(self.data.train, own)}
-        header = Evaluate(
-            manifest_sha256=self.manifest.digest(),
-            run_id=self.run_id,
-            round=0,
-            adapter_sha256=state_digest(self.first),
-        )
-        request = encode(Envelope(header=header, tensors=self.first))
-        channel = self._channel(grid, steps, in_flight=self.plan.workers)
-        for reply in channel.exchange(dict.fromkeys(steps, request), kind="query.baseline"):
+        own = self.manifest.training.rounds * self.manifest.training.local_steps
+        jobs = {"centralised": _Job(POOLED, own * len(self.data.train), self.first)}
+        jobs |= {f"local:{site}": _Job(site, own, self.first) for site in self.data.train}
+        jobs["untuned"] = _Job(POOLED, 0, self.first)
+        self._measure_on_test(grid, jobs)
+
+    def _measure_on_test(self, grid: Grid, jobs: Mapping[str, "_Job"]) -> None:
+        """Have jobs done in the workers and keep their figures on the test records, which each job measures once."""
+        channel = self._channel(grid, jobs, in_flight=self.plan.workers)
+        requests = {name: self._request(job.adapter) for name, job in jobs.items()}
+        for reply in channel.exchange(requests, kind="query.baseline"):
             answer = reply.envelope.header if reply.envelope else None
             if not isinstance(answer, Evaluated):
-                raise RunError(f"the baseline of {reply.site!r} failed ({reply.code or 'message'}); see site-logs")
+                raise RunError(
+                    f"measuring {reply.site!r} on the test records failed ({reply.code or 'message'});"
+                    f" the error is in {self.store.folder / 'site-logs'}"
+                )
             values = self._figures(part_of(answer.counts, TEST))
-            if reply.site == POOLED:
-                self.table["centralised"] = values
-            else:
-                self.alone[reply.site] = values
+            site = jobs[reply.site].site
+            if reply.site == f"local:{site}":
+                self.alone[site] = values
                 held_out = part_of(answer.counts, HELD_OUT)
                 if held_out:
-                    self.alone_held_out[reply.site] = self._figures(held_out)
-            name = "centralised" if reply.site == POOLED else f"local:{reply.site}"
-            self.report(BaselineFinished(baseline=name, figures=values))
+                    self.alone_held_out[site] = self._figures(held_out)
+            else:
+                self.table[reply.site] = values
+            self.report(BaselineFinished(baseline=reply.site, figures=values))
+
+    def _request(self, adapter: AdapterState) -> bytes:
+        header = Evaluate(
+            manifest_sha256=self.manifest.digest(), run_id=self.run_id, round=0, adapter_sha256=state_digest(adapter)
+        )
+        return encode(Envelope(header=header, tensors=adapter))
 
     def _figures(self, counts: dict[str, float]) -> dict[str, float]:
         return figures(self.manifest.task.kind, counts, self.manifest.metrics)
-
-    def _test(self) -> None:
-        """Measure on the test records, once: the selected adapter, and the first one for comparison."""
-        self.report(PhaseStarted(phase="test"))
-        adapters = {"federated": self.store.load_round(self._selected())}
-        if self.baselines:
-            adapters["untuned"] = self.first
-        for name, adapter in adapters.items():
-            self.table[name] = self._figures(test_counts(self.manifest, adapter, self.root))
-            self.report(BaselineFinished(baseline=name, figures=self.table[name]))
 
     def _selected(self) -> int:
         return self.coordinator.selected_round() if self.coordinator else 0
 
     def finish(self) -> RunSummary:
-        """Measure on test if the rounds are finished; write summary and report; raise what stopped the run."""
-        if self.failure is None and self.data.test:
-            self._test()
+        """Write summary and report; raise what stopped the run."""
         if self.failure is None:
             return self._write("finished", "")
         if isinstance(self.failure, Interrupted):

@@ -4,10 +4,10 @@ Labels come from what a person names, a public list or a public file: nothing th
 from private records.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import cast
 
 import typer
 
@@ -87,9 +87,11 @@ def _labels(task: str, labels: str | None, labels_from: Path | None) -> list[str
     source = Path(str(labels_from))
     if source.suffix == ".txt":
         try:
-            lines = source.read_text(encoding="utf-8").splitlines()
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise DataError(f"{source}: {error.strerror}; give a file with a label a line") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: must be UTF-8 text; save it as UTF-8") from error
         return [line.strip() for line in lines if line.strip()]
     column = "tags" if task == "token-classification" else "label"
     found: set[str] = set()
@@ -99,7 +101,14 @@ def _labels(task: str, labels: str | None, labels_from: Path | None) -> list[str
         if column == "label":
             found.add(str(row[column]))
         else:
-            value = row[column]
-            tags = json.loads(value) if isinstance(value, str) else value
-            found.update(str(tag)[2:] for tag in cast(list[object], tags) if tag != "O")
+            found.update(tag[2:] for tag in _tags(source, row[column]) if tag != "O")
     return sorted(found)
+
+
+def _tags(source: Path, value: object) -> list[str]:
+    if isinstance(value, str):  # CSV has no lists
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        raise DataError(f"{source}: column 'tags' must hold lists; in CSV write them as JSON")
+    return [str(tag) for tag in value]

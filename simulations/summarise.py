@@ -109,35 +109,38 @@ def comparison(
     centralised: Figures | None,
     examples: int,
 ) -> list[TableRow]:
-    """The rows that were measured, on the same test records. `examples` is what the whole federation has seen.
+    """The rows that were measured, on the same test records.
 
+    `examples` is what the whole federation has seen; the baselines see what it sees if no site sits a round out.
     The best site is chosen by the first metric on the test records themselves: it flatters local training, and so
     cannot flatter the federation.
     """
-    metric, sites = manifest.metrics[0], max(1, len(alone))
+    metric, section = manifest.metrics[0], manifest.training
+    own = section.rounds * section.local_steps * section.batch_size
     rows = [TableRow(name="untuned", figures=untuned, examples_seen=0)] if untuned else []
     if alone:
         mean = {key: sum(row[key] for row in alone.values()) / len(alone) for key in next(iter(alone.values()))}
         best = next(iter(alone.values()))
         for row in alone.values():
             best = row if better(metric, row[metric], best[metric]) else best
-        rows.append(TableRow(name="local only (mean)", figures=mean, examples_seen=examples // sites))
-        rows.append(TableRow(name="local only (best site)", figures=best, examples_seen=examples // sites))
+        rows.append(TableRow(name="local only (mean)", figures=mean, examples_seen=own))
+        rows.append(TableRow(name="local only (best site)", figures=best, examples_seen=own))
     if federated:
         rows.append(TableRow(name="federated", figures=federated, examples_seen=examples))
     if centralised:
-        rows.append(TableRow(name="centralised", figures=centralised, examples_seen=examples))
+        rows.append(TableRow(name="centralised", figures=centralised, examples_seen=own * max(1, len(alone))))
     return rows
 
 
 def overfitting(rounds: Sequence[RoundFacts], selected: int) -> str:
     """A sentence that names over-fitting, or nothing: validation loss rose while training loss fell."""
-    known = [(facts, facts.validation["loss"]) for facts in rounds[1:] if "loss" in facts.validation]
+    losses = [(facts, facts.validation.get("loss", math.nan)) for facts in rounds[1:] if facts.train_loss is not None]
+    known = [(facts, loss) for facts, loss in losses if math.isfinite(loss)]
     if len(known) < 2:
         return ""
     lowest, least = min(known, key=lambda pair: pair[1])
     last, final = known[-1]
-    falls = (last.train_loss or math.inf) < (lowest.train_loss or -math.inf)
+    falls = last.train_loss is not None and lowest.train_loss is not None and last.train_loss < lowest.train_loss
     if not falls or final <= least * (1 + RISE):
         return ""
     advice = (

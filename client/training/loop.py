@@ -62,6 +62,7 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
     optimizer = torch.optim.AdamW(parameters, lr=section.learning_rate, weight_decay=section.weight_decay)
+    optimizer.zero_grad(set_to_none=True)  # of a training that failed midway; they would go into the first step
     model.train()
     losses: list[float] = []
     started = time.perf_counter()

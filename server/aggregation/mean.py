@@ -4,6 +4,7 @@ The factors A and B are averaged apart. That is not the mean of the products B A
 and it costs nothing. Memory holds one running sum, however many sites answer.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,8 +35,8 @@ class WeightedMean:
             raise AdapterError("a site's change does not have the tensors of the adapter")
         if not all(np.isfinite(array).all() for array in change.values()):
             raise AdapterError("a site's change holds values that are not finite")
-        if not weight > 0:
-            raise AdapterError(f"a site's weight must be positive, found {weight}")
+        if not 0 < weight < math.inf:
+            raise AdapterError(f"a site's weight must be positive and finite, found {weight}")
         for name, array in change.items():
             self._sum[name] += weight * array.astype(np.float64)
         self._weight += weight

@@ -28,5 +28,7 @@ class ServerMomentum:
         for name, start in before.items():
             last = self._step.get(name, np.float32(0))
             self._step[name] = (self._momentum * last + (mean[name] - start)).astype(np.float32)
-            after[name] = (start + self._learning_rate * self._step[name]).astype(np.float32)
+            # before + learning_rate * step, written so that rounding leaves the mean itself where it is the result.
+            beyond = self._momentum * last + (self._learning_rate - 1) * self._step[name]
+            after[name] = (mean[name] + beyond).astype(np.float32)
         return after

@@ -225,9 +225,9 @@ class TestStored:
         manifest = manifest_for(kind, adapter={"rank": 4, "alpha": 8.0}, simulation=simulation)
         base, expected, state = self.stored(tmp_path / "adapter", manifest)
         model, agreed = load_adapter(tmp_path / "adapter", base)
+        assert not model.training
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
         assert state_digest(get_state(model)) == state_digest(state)
-        assert not model.training
         assert agreed.digest() == manifest.digest()
         assert agreed.simulation is None
 

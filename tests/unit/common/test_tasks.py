@@ -117,7 +117,10 @@ class TestTextClassification:
     def test_texts_are_cut_and_cuts_counted(self, manifest_for: Manifests) -> None:
         manifest = manifest_for(data={"max_length": 12})
         tokenizer = tokenizer_of(manifest)
-        records = records_of("text-classification", [*range(1, 14)] * 3)
+        records = [
+            *records_of("text-classification", range(1, 14)),
+            *(TextRecord(unit="u", text="the " * count, label="b") for count in (9, 10, 11, 12)),
+        ]
         encoded = task_of(manifest).encode(records)
         whole = [ids_of(tokenizer, record.text) for record in records]
         assert {len(ids) for ids in whole} >= {12, 13}  # the border itself is among them

@@ -1,0 +1,655 @@
+"""Whole runs through the real command, in processes and folders of their own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from common.adapters import get_state
+from common.codec.state import AdapterState, state_digest
+from common.config.loading import load_manifest
+from common.models import find_base, load_task_model
+from common.progress import BaselineFinished, Event, RoundFinished, RoundStarted, RunStarted, RunStopped, read_events
+from common.randomness import seeded
+from simulations.commands import main
+from simulations.summary import RunSummary
+
+# PEFT asks for a property by a name that transformers is giving up.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+SECRET = "Zanzibar"  # stands in every record, and must be in nothing that a run leaves
+LONGEST_RUN = 150  # seconds; about 20 on an idle machine
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder to work in, and one for temporary files. The latter's path is short: Ray puts sockets there."""
+
+    folder: Path
+    temporary: Path
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "TMPDIR": str(self.temporary),
+            "FLWR_HOME": str(self.temporary / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "120",
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `coadapt` as the leader of a session of its own, as a shell does."""
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("coadapt")), *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def events(self, run_id: str) -> list[Event]:
+        path = self.folder / "runs" / run_id / "events.jsonl"
+        return list(read_events(path)) if path.exists() else []
+
+    def leftovers(self) -> list[str]:
+        return [path.name for path in self.temporary.glob("coadapt*")]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process left behind."""
+
+    rc: int
+    out: str
+    err: str
+    run: Path
+
+    @property
+    def summary(self) -> RunSummary:
+        return RunSummary.model_validate_json((self.run / "summary.json").read_bytes())
+
+    def said_everywhere(self) -> str:
+        """All text of the run's folder but the sites' own logs, and what was printed."""
+        files = [path for path in self.run.rglob("*") if path.suffix in {".json", ".jsonl", ".html", ".toml"}]
+        return "".join([self.out, self.err, *(path.read_text(encoding="utf-8") for path in files)])
+
+
+def wait_for(process: subprocess.Popen[str], run: Path, seconds: float = LONGEST_RUN) -> Ended:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"still running after {seconds} s\n{out}\n{err}")
+    return Ended(process.returncode, out, err, run)
+
+
+def still_there(session: int, seconds: float = 10.0) -> list[str]:
+    """Names of the processes of a session that do not end within some seconds."""
+    until = time.monotonic() + seconds
+    while True:
+        names = []
+        for process in psutil.process_iter(["pid", "name", "status"]):
+            try:
+                if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
+                    names.append(process.info["name"])
+            except ProcessLookupError:
+                pass
+        if not names or time.monotonic() > until:
+            return names
+        time.sleep(0.2)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+WORDS = {
+    "a": ("indemnify", "liability", "damages", "losses", "claims"),
+    "b": ("terminate", "notice", "breach", "days", "expiry"),
+    "c": ("governing", "law", "court", "state", "courts"),
+}
+FILL = ("the", "shall", "party", "of", "and", "to", "any", "agreement")
+# Nobody sees all three labels, so nobody alone, and no adapter of one site, can tell more than two apart.
+SKEW = {"north": "aab", "south": "bbc", "west": "cca"}
+
+
+def clauses(split: str, count: int, labels: dict[str, str]) -> list[dict[str, Any]]:
+    """`count` records of each site, whose label shows in its words."""
+    rng, rows = seeded(0, "toy", split), []
+    for site, own in labels.items():
+        for number in range(count):
+            label = own[number % len(own)]
+            words = [*rng.choice(WORDS[label], 4), *rng.choice(FILL, 4)]
+            text = " ".join([*map(str, rng.permutation(words)), SECRET])
+            rows.append({"text": text, "label": label, "unit": f"{SECRET}-{split}-{site}-{number}", "group": site})
+    return rows
+
+
+def write_manifest(folder: Path, base: Path, **tables: Any) -> None:
+    values: dict[str, Any] = {
+        "version": 1,
+        "name": "toy",
+        "task": {"kind": "text-classification", "labels": ["a", "b", "c"]},
+        "model": {"base": str(base)},
+        "data": {"max_length": 16},
+        "training": {
+            "rounds": 3,
+            "local_steps": 4,
+            "batch_size": 8,
+            "learning_rate": 0.01,
+            "warmup_steps": 0,
+            "precision": "fp32",
+        },
+        "simulation": {"train": "train.jsonl", "sites": list(SKEW), "partitioner": "natural", "workers": 1},
+    }
+    for name, table in tables.items():
+        values[name] = {**values.get(name, {}), **table}
+    (folder / "federation.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], World]]:
+    made: list[Path] = []
+
+    def make() -> World:
+        made.append(Path(tempfile.mkdtemp(prefix="ca-", dir="/tmp")))
+        return World(tmp_path_factory.mktemp("world"), made[-1])
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stored_states(run: Path) -> list[AdapterState]:
+    """Adapters of all rounds, after a check that PEFT puts the very tensors into a model of the base."""
+    manifest = load_manifest(run / "federation.toml")
+    base = find_base(manifest.model)
+    states = []
+    for folder in sorted((run / "rounds").iterdir()):
+        state: AdapterState = load_file(folder / "adapter_model.safetensors")
+        model = PeftModel.from_pretrained(load_task_model(base, manifest), folder)
+        assert state_digest(get_state(model)) == state_digest(state)
+        assert json.loads((folder / "round.json").read_text())["adapter_sha256"] == state_digest(state)
+        states.append(state)
+    return states
+
+
+# --- a run with all there is ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full(new_world: Callable[[], World], encoder: Path) -> tuple[World, Ended]:
+    """Text classification with baselines, in a folder with packages that are named like ours."""
+    world = new_world()
+    write_rows(world.folder / "train.jsonl", clauses("train", 40, SKEW))
+    write_rows(world.folder / "test.jsonl", clauses("test", 20, dict.fromkeys(SKEW, "abc")))
+    write_manifest(
+        world.folder,
+        encoder,
+        training={"rounds": 8, "local_steps": 5, "batch_size": 12},
+        simulation={"test": "test.jsonl", "baselines": True},
+        evaluation={"select": "best"},
+    )
+    for room in ("client", "common"):
+        (world.folder / room).mkdir()
+        (world.folder / room / "__init__.py").write_text('raise RuntimeError("shadowed")\n')
+    (world.folder / "random.py").write_text('raise RuntimeError("shadowed")\n')
+    process = world.start("simulate", "federation.toml", "--run-id", "full")
+    return world, wait_for(process, world.folder / "runs" / "full")
+
+
+@pytest.mark.slow
+def test_a_run_ends_well_among_foreign_packages(full: tuple[World, Ended]) -> None:
+    world, ended = full
+    assert (ended.rc, ended.err) == (0, "")
+    assert "report: runs/full/report.html" in ended.out
+    names = sorted(path.name for path in ended.run.iterdir())
+    assert names == ["adapter", "events.jsonl", "federation.toml", "report.html", "rounds", "summary.json"]
+    assert (ended.run / "report.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+    assert world.leftovers() == []
+
+
+@pytest.mark.slow
+def test_the_federation_learns_what_no_site_can(full: tuple[World, Ended]) -> None:
+    # A site knows two of the three labels, which stand in the test records alike: 2/3 of those is all that its adapter
+    # can tell (0.75 with much luck among 60). Sites differ, so one site's adapter in place of the mean stays there too.
+    rows = {row.name: row for row in full[1].summary.table}
+    accuracy = {name: row.figures["accuracy"] for name, row in rows.items()}
+    assert list(rows) == ["untuned", "local only (mean)", "local only (best site)", "federated", "centralised"]
+    assert accuracy["local only (best site)"] <= 0.75
+    assert accuracy["federated"] >= 0.85
+    assert accuracy["federated"] >= accuracy["local only (mean)"] + 0.15
+    assert accuracy["centralised"] >= 0.85
+    seen = {name: row.examples_seen for name, row in rows.items()}
+    own = 8 * 5 * 12
+    assert list(seen.values()) == [0, own, own, 3 * own, 3 * own]
+
+
+@pytest.mark.slow
+def test_the_summary_holds_what_happened(full: tuple[World, Ended]) -> None:
+    summary = full[1].summary
+    assert (summary.status, summary.reason, summary.failures) == ("finished", "", [])
+    assert [facts.round for facts in summary.rounds] == list(range(9))
+    assert [facts.answered for facts in summary.rounds] == [0, *[3] * 8]
+    assert summary.data.records == {"train": 108, "dev": 12, "test": 60}
+    assert [site.name for site in summary.sites] == list(SKEW)
+    assert all(site.local_only is not None and None not in site.validation for site in summary.sites)
+    assert [len(site.labels) for site in summary.sites] == [2, 2, 2]
+    losses = [facts.train_loss for facts in summary.rounds[1:]]
+    assert losses[-1] is not None
+    assert losses[0] is not None
+    assert losses[-1] < losses[0] / 3
+    best = max(summary.rounds, key=lambda facts: facts.validation["accuracy"])
+    assert summary.selected_round == best.round
+    assert summary.machine.workers == 1
+    timing = summary.timing
+    parts = timing.startup + timing.rounds + timing.validation + timing.baselines + timing.test
+    assert 0 < parts <= timing.total
+
+
+@pytest.mark.slow
+def test_every_round_loads_in_peft_and_the_result_is_the_selected_one(full: tuple[World, Ended]) -> None:
+    run = full[1].run
+    states = stored_states(run)
+    assert len(states) == 9
+    assert len({state_digest(state) for state in states}) == 9
+    # The head travels with the adapter, and is trained.
+    heads = [name for name in states[0] if "lora" not in name]
+    assert len(heads) == 2
+    assert all((states[0][name] != states[-1][name]).any() for name in states[0])
+    result = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert state_digest(result) == state_digest(states[full[1].summary.selected_round])
+    trained = sum(array.size for array in states[0].values())
+    assert full[1].summary.model.trainable_parameters == trained
+
+
+@pytest.mark.slow
+def test_the_events_can_be_read_back(full: tuple[World, Ended]) -> None:
+    events = full[0].events("full")
+    assert isinstance(events[0], RunStarted)
+    assert isinstance(events[-1], RunStopped)
+    assert events[-1].status == "finished"
+    assert [event.round for event in events if isinstance(event, RoundFinished)] == list(range(1, 9))
+    measured = {event.baseline for event in events if isinstance(event, BaselineFinished)}
+    assert measured == {"untuned", "federated", "centralised", *(f"local:{site}" for site in SKEW)}
+    assert [event.time for event in events] == sorted(event.time for event in events)
+
+
+@pytest.mark.slow
+def test_no_text_and_no_unit_of_a_record_is_left_behind(full: tuple[World, Ended]) -> None:
+    assert SECRET not in full[1].said_everywhere()
+    assert "indemnify" not in full[1].said_everywhere()
+
+
+@pytest.mark.slow
+def test_the_runs_own_manifest_repeats_it(full: tuple[World, Ended]) -> None:
+    manifest = load_manifest(full[1].run / "federation.toml")
+    assert manifest.digest() == full[1].summary.manifest_sha256
+    assert manifest.model.weights_sha256 == full[1].summary.model.weights_sha256
+
+
+# --- the other tasks, and the same seed twice -------------------------------------------------------------------------
+
+
+def sentences(count: int) -> list[dict[str, Any]]:
+    rng, rows = seeded(0, "toy sentences"), []
+    for number in range(count):
+        tokens = [str(word) for word in rng.choice(FILL, 6)]
+        tags = ["O"] * 6
+        place = int(rng.integers(5))
+        tokens[place : place + 2] = [str(rng.choice(WORDS["a"])), "agreement"]
+        tags[place : place + 2] = ["B-Harm", "I-Harm"]
+        rows.append({"tokens": tokens, "tags": tags, "unit": f"u{number}"})
+    return rows
+
+
+TOKENS = {
+    "task": {"kind": "token-classification", "labels": ["Harm"]},
+    "simulation": {"sites": ["one", "two"], "partitioner": "iid"},
+}
+
+
+@pytest.fixture(scope="module")
+def twice(new_world: Callable[[], World], encoder: Path) -> list[Ended]:
+    """Two runs of one manifest with token classification."""
+    world = new_world()
+    write_rows(world.folder / "train.jsonl", sentences(60))
+    write_manifest(world.folder, encoder, adapter={"dropout": 0.1}, **TOKENS)
+    ended = []
+    for name in ("first", "second"):
+        process = world.start("simulate", "federation.toml", "--run-id", name)
+        ended.append(wait_for(process, world.folder / "runs" / name))
+    return ended
+
+
+@pytest.mark.slow
+def test_entities_are_learnt(twice: list[Ended]) -> None:
+    ended = twice[0]
+    assert (ended.rc, ended.err) == (0, "")
+    losses = [facts.train_loss for facts in ended.summary.rounds[1:]]
+    assert losses[-1] is not None
+    assert losses[0] is not None
+    assert losses[-1] < losses[0]
+    assert ended.summary.rounds[-1].validation["loss"] < ended.summary.rounds[0].validation["loss"]
+    (row,) = ended.summary.table
+    assert (row.name, set(row.figures)) == ("federated", {"entity_f1", "entity_precision", "entity_recall", "loss"})
+    assert len(stored_states(ended.run)) == 4
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_adapters(twice: list[Ended]) -> None:
+    digests = [
+        [json.loads(path.read_text())["adapter_sha256"] for path in sorted(ended.run.glob("rounds/*/round.json"))]
+        for ended in twice
+    ]
+    assert len(set(digests[0])) == 4
+    assert digests[0] == digests[1]
+    first, second = (ended.summary for ended in twice)
+    assert [facts.validation for facts in first.rounds] == [facts.validation for facts in second.rounds]
+    assert first.table == second.table
+
+
+@pytest.mark.slow
+def test_answers_are_learnt(new_world: Callable[[], World], causal: Path) -> None:
+    world = new_world()
+    rows = [
+        {"instruction": f"What is the rule of {word}?", "output": f"The rule of {word} is notice of {SECRET}."}
+        for word in [*WORDS["a"], *WORDS["b"], *WORDS["c"]] * 2
+    ]
+    write_rows(world.folder / "train.jsonl", [row | {"unit": f"u{place}"} for place, row in enumerate(rows)])
+    write_manifest(
+        world.folder,
+        causal,
+        task={"kind": "causal-lm", "labels": []},
+        data={"max_length": 64},
+        simulation={"sites": ["one", "two"], "partitioner": "iid"},
+    )
+    ended = wait_for(world.start("simulate", "federation.toml", "--run-id", "causal"), world.folder / "runs" / "causal")
+    assert (ended.rc, ended.err) == (0, "")
+    summary = ended.summary
+    assert summary.rounds[-1].validation["bits_per_byte"] < 0.9 * summary.rounds[0].validation["bits_per_byte"]
+    losses = [facts.train_loss for facts in summary.rounds[1:]]
+    assert losses == sorted(losses, reverse=True)
+    assert len(stored_states(ended.run)) == 4
+    assert SECRET not in ended.said_everywhere()
+
+
+# --- trouble in the middle --------------------------------------------------------------------------------------------
+
+# A metric that counts its calls on records of site west, whose label is c, and fails or sleeps from the second one on.
+OWN_METRIC = f"""
+import time
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("calls")
+
+
+def score(predicted, expected):
+    if "c" not in expected:
+        return 1
+    with CALLS.open("a") as calls:
+        calls.write("call\\n")
+    if len(CALLS.read_text().splitlines()) > 1:
+        trouble(expected)
+    return 0.5
+
+
+def fails(expected):
+    raise ValueError(f"cannot score {SECRET} of {{expected}}")
+
+
+def sleeps(expected):
+    time.sleep(600)
+
+
+trouble = """
+
+
+@pytest.fixture
+def troubled(new_world: Callable[[], World], encoder: Path) -> Callable[[str], World]:
+    """A world in which site west is in trouble from its second round on."""
+
+    def make(trouble: str) -> World:
+        world = new_world()
+        labels = {"north": "ab", "south": "ab", "west": "c"}
+        write_rows(world.folder / "train.jsonl", clauses("train", 12, labels))
+        write_rows(world.folder / "dev.jsonl", clauses("dev", 4, labels))
+        write_rows(world.folder / "test.jsonl", clauses("test", 6, {"north": "ab"}))
+        write_manifest(
+            world.folder,
+            encoder,
+            simulation={"dev": "dev.jsonl", "test": "test.jsonl"},
+            evaluation={"metrics": ["accuracy", "own_metric_of_test:score"]},
+        )
+        (world.folder / "own_metric_of_test.py").write_text(OWN_METRIC + trouble + "\n")
+        return world
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_site_that_fails_sits_out_and_tells_nobody_why(troubled: Callable[[str], World]) -> None:
+    world = troubled("fails")
+    ended = wait_for(world.start("simulate", "federation.toml", "--run-id", "odd"), world.folder / "runs" / "odd")
+    assert (ended.rc, ended.err) == (0, "")
+    summary = ended.summary
+    assert [(failure.round, failure.site) for failure in summary.failures] == [(2, "west"), (3, "west")]
+    codes = {failure.code for failure in summary.failures}
+    assert codes == {"extension"}
+    assert [facts.answered for facts in summary.rounds] == [0, 3, 2, 2]
+    west = summary.sites[-1]
+    assert [loss is None for loss in west.train_loss] == [False, True, True]
+    assert "west sat out: extension" in ended.out
+    # Where and why stands in the site's own log, and its text nowhere else.
+    logs = list((ended.run / "site-logs").iterdir())
+    assert len(logs) == 1
+    log = logs[0].read_text(encoding="utf-8")
+    assert f"ValueError: cannot score {SECRET}" in log
+    assert "own_metric_of_test.py" in log
+    assert SECRET not in ended.said_everywhere()
+    assert "cannot score" not in ended.said_everywhere()
+    assert summary.table[0].figures["own_metric_of_test:score"] == 1.0
+    assert world.leftovers() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ctrl-c", "terminate"])
+def test_a_wish_to_stop_is_heard_in_the_middle_of_a_long_call(troubled: Callable[[str], World], how: str) -> None:
+    world = troubled("sleeps")
+    process = world.start("simulate", "federation.toml", "--run-id", "stopped")
+    calls, until = world.folder / "calls", time.monotonic() + LONGEST_RUN
+    while not (calls.exists() and len(calls.read_text().splitlines()) > 1):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.1)
+    rounds = [event.round for event in world.events("stopped") if isinstance(event, RoundStarted)]
+    assert rounds == [1, 2]
+    pressed = time.monotonic()
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)  # a terminal tells every process of its group
+    else:
+        process.terminate()  # as a batch system does before it kills
+    ended = wait_for(process, world.folder / "runs" / "stopped", seconds=60)
+    assert time.monotonic() - pressed < 40
+    assert (ended.rc, ended.err) == (130, "")
+    assert "stopped by you; what was finished lies in runs/stopped" in ended.out
+    assert "raylet" not in ended.out
+    assert still_there(process.pid) == []
+    assert world.leftovers() == []
+    summary = ended.summary
+    assert (summary.status, summary.table) == ("interrupted", [])
+    assert [facts.round for facts in summary.rounds] == [0, 1]
+    assert len(stored_states(ended.run)) == 2
+    assert not (ended.run / "adapter").exists()
+    assert (ended.run / "report.html").exists()
+    stopped = world.events("stopped")[-1]
+    assert isinstance(stopped, RunStopped)
+    assert stopped.status == "interrupted"
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+GOOD_ROWS = [{"text": f"text {number}", "label": "abc"[number % 3], "group": "g"} for number in range(30)]
+ONE_SITE = {"sites": 2, "partitioner": "iid"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "train.jsonl", GOOD_ROWS)
+    write_manifest(tmp_path, encoder, simulation=ONE_SITE)
+    return tmp_path
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit status and the one line of a command that must end in one."""
+    monkeypatch.setattr(sys, "argv", ["coadapt", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert SECRET not in printed.err + printed.out
+    return int(str(ended.value.code)), printed.err.rstrip()
+
+
+BAD_DATA: dict[str, tuple[list[dict[str, Any]] | None, str]] = {
+    "missing file": (None, "simulation.train: no file train.jsonl in"),
+    "unknown column": ([{"text": "x", "topic": "a"}], "no column 'label'; columns found: 'text', 'topic'"),
+    "label not in list": (
+        [*GOOD_ROWS, {"text": "x", "label": SECRET}],
+        "row 31, column 'label': not one of task.labels",
+    ),
+    "no rows": ([], "no records: the file has no rows"),
+    "no text": ([{"text": " ", "label": "a"}] * 3, "no records: all 3 rows have an empty text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_end_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    rows, said = BAD_DATA[case]
+    (place / "train.jsonl").unlink()
+    if rows is not None:
+        write_rows(place / "train.jsonl", rows)
+    status, line = refused(monkeypatch, capsys, "simulate", "federation.toml")
+    assert status == 1
+    assert said in line
+    assert not (place / "runs").exists()
+
+
+def test_tags_that_do_not_fit_the_tokens_end_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoder: Path
+) -> None:
+    rows = sentences(20)
+    rows[7]["tags"] = rows[7]["tags"][:-1]
+    write_rows(place / "train.jsonl", rows)
+    write_manifest(place, encoder, **TOKENS)
+    status, line = refused(monkeypatch, capsys, "simulate", "federation.toml")
+    assert status == 1
+    assert "row 8, column 'tags': has 5 tags for 6 tokens" in line
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("tables", "status", "said"),
+    [
+        ({"task": {"kind": "causal-lm", "labels": []}}, 1, "model.base: the tokenizer has no end token"),
+        ({"model": {"weights_sha256": "0" * 64}}, 1, "model.weights_sha256: the files in"),
+        ({"model": {"tokenizer_sha256": "0" * 64}}, 1, "model.tokenizer_sha256: the files in"),
+        (
+            {"training": {"local_step": 3}},
+            2,
+            "training.local_step is not a known key; did you mean training.local_steps?",
+        ),
+        ({"training": {"rounds": 0}}, 2, "training.rounds must be an integer from 1 to 10000, found 0"),
+        ({"adapter": {"targets": ["nothing"]}}, 1, "adapter.targets: 'nothing' is no linear layer"),
+        ({"evaluation": {"metrics": ["own_gone:score"]}}, 1, "metric 'own_gone:score': no module 'own_gone'"),
+        ({"simulation": {"sites": 50}}, 1, "50 sites but 27 units"),
+    ],
+)
+def test_a_bad_manifest_ends_in_one_line(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    encoder: Path,
+    tables: dict[str, Any],
+    status: int,
+    said: str,
+) -> None:
+    write_manifest(place, encoder, **{"simulation": ONE_SITE, **tables})
+    if tables.get("task"):
+        write_rows(place / "train.jsonl", [{"instruction": "why?", "output": f"so {number}"} for number in range(30)])
+    if tables.get("simulation"):
+        write_manifest(place, encoder, simulation={**ONE_SITE, **tables["simulation"]})
+    found, line = refused(monkeypatch, capsys, "simulate", "federation.toml")
+    assert said in line
+    assert found == status
+    assert not (place / "runs").exists()
+
+
+def test_an_existing_run_is_never_written_over(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "runs" / "mine").mkdir(parents=True)
+    (place / "runs" / "mine" / "summary.json").write_text("{}")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    status, line = refused(monkeypatch, capsys, "simulate", "federation.toml", "--run-id", "mine")
+    assert status == 1
+    assert "a run never writes over another" in line
+    assert [path.name for path in (place / "runs" / "mine").iterdir()] == ["summary.json"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_run_id_cannot_leave_its_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, line = refused(monkeypatch, capsys, "simulate", "federation.toml", "--run-id", "../elsewhere")
+    assert status == 1
+    assert "a run id is letters" in line
+    assert not (place / "elsewhere").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("table", "status", "said"),
+    [
+        ("[trainig]\nrounds = 3\n", 2, "did you mean training?"),
+        ("[simulation]\ntrain = 'gone.jsonl'\n", 1, "simulation.train: no file gone.jsonl"),
+    ],
+)
+def test_the_command_itself_ends_in_one_line(
+    new_world: Callable[[], World], encoder: Path, table: str, status: int, said: str
+) -> None:
+    world = new_world()
+    head = f"version = 1\nname = 'x'\nmodel.base = '{encoder}'\n"
+    task = "[task]\nkind = 'text-classification'\nlabels = ['a', 'b']\n"
+    (world.folder / "federation.toml").write_text(head + task + table)
+    ended = wait_for(world.start("simulate", "federation.toml"), world.folder / "runs" / "none", seconds=60)
+    assert ended.rc == status
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+    assert said in ended.err
+    assert ended.out == ""
+    assert [path.name for path in world.folder.iterdir()] == ["federation.toml"]
+    assert world.leftovers() == []

@@ -1,0 +1,183 @@
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from rich.console import Console
+
+from common.adapters import first_state
+from common.codec.state import state_digest
+from common.config.loading import load_manifest
+from common.errors import DataError, ExtensionError, ManifestError, ModelError
+from common.messages import Envelope, RoundDone, RoundStart, decode, encode
+from simulations.check import print_check, training_bytes
+from simulations.engine import pinned
+from simulations.live import size_text
+
+# rank 3 on query, key, value, attention output (64 x 64 each), 64 x 128 and back, in two layers; the head 64 x 3 + 3.
+TRAINABLE = 2 * (4 * 3 * (64 + 64) + 2 * 3 * (64 + 128)) + 3 * 64 + 3
+
+Shown = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def manifest_file(tmp_path: Path, encoder: Path) -> Callable[..., Path]:
+    def make(**tables: Any) -> Path:
+        values: dict[str, Any] = {
+            "version": 1,
+            "name": "clinics",
+            "task": {"kind": "text-classification", "labels": ["a", "b", "c"]},
+            "model": {"base": str(encoder)},
+            "data": {"max_length": 32},
+            "adapter": {"rank": 3},
+            "training": {"rounds": 4, "local_steps": 5, "batch_size": 2, "precision": "fp32"},
+            "simulation": {"train": "train.jsonl", "sites": ["north", "south"], "partitioner": "natural"},
+            **tables,
+        }
+        lines = [
+            {"text": f"clause {number}", "label": "ab"[number % 2], "group": "north" if number < 40 else "south"}
+            for number in range(60)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+        path = tmp_path / "federation.toml"
+        path.write_text(tomli_w.dumps({key: value for key, value in values.items() if value is not None}))
+        return path
+
+    return make
+
+
+def said_by(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    console = Console(width=200, record=True, quiet=False, file=(path.parent / "printed").open("w"))
+    with console.file:
+        print_check(path, data=None, overrides=overrides, console=console)
+        return console.export_text()
+
+
+def facts_in(text: str) -> dict[str, str]:
+    """The two-column part of the output."""
+    pairs = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.split("\n\n", maxsplit=1)[0].splitlines())
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def bytes_in(text: str) -> float:
+    """`3.1 MB` as a number of bytes."""
+    number, unit = text.split()[:2]
+    return float(number.replace(",", "")) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_it_says_what_would_happen(manifest_file: Callable[..., Path]) -> None:
+    path = manifest_file()
+    text = said_by(path)
+    facts = facts_in(text)
+    agreed = pinned(load_manifest(path))
+    assert facts["federation"] == "clinics"
+    assert facts["manifest digest"] == agreed.digest()
+    assert facts["weights digest"] == agreed.model.weights_sha256
+    assert facts["rounds"] == "4 of 5 steps of 2 records"
+    assert facts["each site sees"].startswith("40 examples")
+    assert facts["workers"].endswith("threads each")
+    # 60 records; a tenth of the units is kept for the test, a tenth of each site's for measuring.
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if re.match(r"(north|south)\s", line)}
+    assert sorted(rows) == ["north", "south"]
+    counted = [int(value) for row in rows.values() for value in row[:2]]
+    assert sum(counted) == 54
+    assert [row[2:] for row in rows.values()] == [["2", "of", "3"]] * 2
+    assert "6 test records" in text
+
+
+def test_the_trainable_parameters_are_the_true_number(manifest_file: Callable[..., Path]) -> None:
+    from client.resident import resident
+
+    path = manifest_file()
+    facts = facts_in(said_by(path))
+    model = resident(pinned(load_manifest(path))).model
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == TRAINABLE
+    assert facts["trainable"].split()[0] == f"{TRAINABLE:,}"
+    base = sum(parameter.numel() for parameter in model.parameters()) - trained
+    assert facts["task"] == "text-classification, 3 labels"
+    assert f"{base:,} parameters" in facts["model base" if "model base" in facts else "base"]
+
+
+def test_the_bytes_of_a_round_are_those_of_real_envelopes(manifest_file: Callable[..., Path]) -> None:
+    from client.resident import resident
+
+    path = manifest_file()
+    manifest = pinned(load_manifest(path))
+    state = first_state(resident(manifest).model, 0)
+    about = {"manifest_sha256": manifest.digest(), "run_id": "clinics-20260301-101500-ab12", "round": 4}
+    down = encode(
+        Envelope(header=RoundStart(**about, adapter_sha256=state_digest(state), evaluate=True), tensors=state)
+    )
+    counts = {f"{kind}/{label}": 12.0 for kind in ("tp", "fp", "fn") for label in range(3)}
+    done = RoundDone(
+        **about, adapter_sha256="0" * 64, records=40, examples=10, loss=0.123456789, counts=counts, seconds=1.2345678
+    )
+    up = encode(Envelope(header=done, tensors=state))
+    assert decode(up).tensors.keys() == state.keys()
+    printed = re.fullmatch(
+        r"(\S+ \S+) down and (\S+ \S+) up for each site", facts_in(said_by(path))["bytes of a round"]
+    )
+    assert printed is not None
+    assert bytes_in(printed[1]) == pytest.approx(len(down), rel=0.05)
+    assert bytes_in(printed[2]) == pytest.approx(len(up), rel=0.05)
+    whole = bytes_in(facts_in(said_by(path))["bytes of the run"])
+    assert whole == pytest.approx((len(down) + len(up)) * 2 * 4, rel=0.05)  # two sites, four rounds
+
+
+def test_overrides_count(manifest_file: Callable[..., Path]) -> None:
+    facts = facts_in(said_by(manifest_file(), ("training.rounds=9", "adapter.rank=6")))
+    assert facts["rounds"].startswith("9 of 5")
+    assert facts["trainable"].split()[0] == f"{2 * TRAINABLE - 195:,}"  # the head stays as it is
+
+
+def test_a_manifest_without_a_simulation_is_checked_too(manifest_file: Callable[..., Path]) -> None:
+    text = said_by(manifest_file(simulation=None))
+    assert "bytes of the run" not in text
+    assert "workers" not in text
+    assert "bytes of a round" in text
+
+
+def test_markup_in_names_is_shown_as_it_is(manifest_file: Callable[..., Path], encoder: Path) -> None:
+    strange = manifest_file().parent / "[bold]base"
+    shutil.copytree(encoder, strange)
+    text = said_by(manifest_file(model={"base": str(strange)}))
+    assert "[bold]base" in text
+
+
+@pytest.mark.parametrize(
+    ("tables", "error", "said"),
+    [
+        ({"simulation": {"train": "gone.jsonl"}}, DataError, "no file gone.jsonl"),
+        ({"adapter": {"rnk": 3}}, ManifestError, "did you mean adapter.rank"),
+        ({"model": {"base": "nowhere/at/all"}}, ModelError, "neither a directory here nor a hub id"),
+        ({"evaluation": {"metrics": ["check_test_gone:f"]}}, ExtensionError, "no module 'check_test_gone'"),
+    ],
+)
+def test_what_would_stop_a_run_stops_the_check(
+    manifest_file: Callable[..., Path], tables: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        said_by(manifest_file(**tables))
+
+
+def test_the_memory_estimate_grows_with_what_it_depends_on(manifest_file: Callable[..., Path]) -> None:
+    from client.resident import resident
+
+    def estimate(*overrides: str) -> int:
+        manifest = pinned(load_manifest(manifest_file(), overrides))
+        return training_bytes(manifest, resident(manifest))
+
+    usual = estimate()
+    parameters = 4 * 200_000  # the base is at least that large
+    assert usual > parameters
+    assert estimate("training.batch_size=8") > usual
+    assert estimate("training.batch_size=8", "training.micro_batch_size=2") == usual
+    assert estimate("data.max_length=64") > usual
+    assert estimate("training.gradient_checkpointing=true") < usual
+    assert size_text(usual).endswith("MB")
