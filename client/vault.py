@@ -34,7 +34,11 @@ class Vault:
         self._site = SiteData(name, examples[0], examples[1][: manifest.evaluation.max_records])
 
     def answer(self, data: bytes, state: SiteState) -> tuple[bytes, SiteState]:
-        """Answer one envelope. Whatever goes wrong ends in a Refused, and the state stays as it was."""
+        """Answer one envelope. Whatever goes wrong ends in a Refused, and the state stays as it was.
+
+        Raises:
+            MessageError: what came is no envelope, so there is no request to answer.
+        """
         request = decode(data)
         try:
             reply, state = self._reply(request, state)

@@ -152,7 +152,10 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from error
 
     def __call__(self, event: Event) -> None:
         """Write `event` as one line and flush it to the disk; a RunError says what the disk refused."""

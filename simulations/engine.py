@@ -138,7 +138,7 @@ def simulate(
         runs: folder that gets a folder for this run.
         run_id: name of that folder; a new name is made of the federation's and the time.
         overrides: settings as on the command line, `training.rounds=3`.
-        baselines: also measure untuned, local only and centralised training; None: as the manifest says.
+        baselines: also train each site alone and all records in one place; None: as the manifest says.
         view: is called with every event.
 
     Returns:
@@ -314,8 +314,8 @@ class Run:
                 self._train_baselines(grid)
             if self.data.test:
                 self.report(PhaseStarted(phase="test"))
-                result = _Job(POOLED, 0, self.store.load_round(self._selected()))
-                self._measure_on_test(grid, {"federated": result})
+                adapters = {"untuned": self.first, "federated": self.store.load_round(self._selected())}
+                self._measure_on_test(grid, {name: _Job(POOLED, 0, adapter) for name, adapter in adapters.items()})
         except (CoadaptError, Interrupted) as error:
             self.failure = error
 
@@ -362,12 +362,11 @@ class Run:
         return nodes
 
     def _train_baselines(self, grid: Grid) -> None:
-        """All records in one place, every site alone, and nothing trained; the longest training is sent off first."""
+        """All records in one place, and every site alone; the longest training is sent off first."""
         self.report(PhaseStarted(phase="baselines"))
         own = self.manifest.training.rounds * self.manifest.training.local_steps
         jobs = {"centralised": _Job(POOLED, own * len(self.data.train), self.first)}
         jobs |= {f"local:{site}": _Job(site, own, self.first) for site in self.data.train}
-        jobs["untuned"] = _Job(POOLED, 0, self.first)
         self._measure_on_test(grid, jobs)
 
     def _measure_on_test(self, grid: Grid, jobs: Mapping[str, "_Job"]) -> None:

@@ -56,6 +56,8 @@ def main_result(summary: RunSummary) -> str:
     if federated is None or not math.isfinite(federated):
         return _without_test(summary, metric)
     others = {"local only (mean)": "the mean site alone", "centralised": "centralised training"}
+    if not others.keys() & values.keys():
+        others = {"untuned": "the untuned model"}
     told = [
         f"{_difference(federated, other, metric)} {words}"
         for name, words in others.items()

@@ -87,7 +87,7 @@ class ModelSection(Section):
     def _default_base_is_pinned(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("base", DEFAULT_BASE) == DEFAULT_BASE:
             pins: dict[str, str] = {"revision": DEFAULT_REVISION}
-            if values.get("revision", DEFAULT_REVISION) == DEFAULT_REVISION:
+            if values.get("revision") in (None, DEFAULT_REVISION):
                 pins["weights_sha256"] = DEFAULT_WEIGHTS_SHA256
             given = {key: value for key, value in values.items() if value is not None}
             return {**pins, **given}
@@ -274,7 +274,7 @@ class SimulationSection(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="processes that train sites at the same time; auto: one per core, as memory allows"
     )
-    baselines: bool = Field(False, description="also measure untuned, local only and centralised training")
+    baselines: bool = Field(False, description="also train each site alone, and all records in one place")
 
     @model_validator(mode="after")
     def _records_come_from_somewhere(self) -> Self:

@@ -82,7 +82,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             concentration=POSITIVE,
             workers=st.just("auto") | st.integers(1),
             max_records=st.none() | st.integers(1),
-            dev=st.none() | TEXT,
+            dev=st.none() | TEXT.filter(bool),
             baselines=st.booleans(),
         ).map(lambda fields: fields | {"train": "train.jsonl"})
         | some(seed=SEED).map(lambda fields: fields | {"source": "own.module:records"}),

@@ -84,7 +84,7 @@ def test_files_of_other_editors_are_read(tmp_path: Path, encode: Callable[[str],
             "[model]\nweights_sha256 = '00'",
             "8: model.weights_sha256 must be text of 64 hex digits in lower case, found '00'",
         ),
-        ("[model]\nrevision = 'main'", "8: model.revision must be a commit of 40 hex digits, found 'main'"),
+        ("[model]\nrevision = 'main'", "8: model.revision must be text of 40 hex digits in lower case, found 'main'"),
         ("[data]\ncolumns = 'text'", "8: data.columns must be a table, found 'text'"),
         ("[[training]]\nrounds = 3", "7: training must be a table, found [{'rounds': 3}]"),
         (
@@ -118,7 +118,7 @@ def test_files_of_other_editors_are_read(tmp_path: Path, encode: Callable[[str],
         ),
         (
             "[aggregation]\n'to do' = 3",
-            "8: aggregation.'to do' is not a known key; known keys of aggregation: method, weighting, min_sites",
+            "8: aggregation.'to do' is not a known key; known keys of aggregation: method, weighting, server_learning_rate, server_momentum, min_sites",
         ),
     ],
 )  # fmt: skip
