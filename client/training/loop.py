@@ -88,6 +88,8 @@ def _gradient(
     """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch; return that loss."""
     device = next(model.parameters()).device
     size = section.micro_batch_size or section.batch_size
+    # Micro-batches of like lengths need little padding; the gradient is a mean, so their order does not matter.
+    examples = sorted(examples, key=lambda example: len(example.tokens))
     total = torch.zeros((), device=device)
     for start in range(0, len(examples), size):
         batch = task.collate(examples[start : start + size], device)
