@@ -45,3 +45,8 @@ def manifest_for(encoder: Path, causal: Path) -> Callable[..., Manifest]:
         return Manifest.model_validate_json(json.dumps(values))
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what is broken shows before the whole processes start."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
