@@ -12,9 +12,7 @@ import pytest
 def test_the_simulation_bench_prints_one_object(tmp_path: Path) -> None:
     coadapt = Path(sys.executable).with_name("coadapt")
     command = [str(coadapt), "bench", "simulation", "--json", "--sites", "2", "--rounds", "1"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=400, check=False
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
 
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
