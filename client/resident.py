@@ -42,9 +42,9 @@ def resident(manifest: Manifest) -> Resident:
 
 def _load(manifest: Manifest) -> Resident:
     base = find_base(manifest.model)
-    task = make_task(manifest, load_tokenizer(base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_task_model(base, manifest)
+    model = load_task_model(base, manifest)  # first: it says best whether the base fits the task
+    task = make_task(manifest, load_tokenizer(base))
     if manifest.training.gradient_checkpointing:
         # Non-reentrant: it needs no gradient at the input, which a frozen embedding does not give.
         options = {"use_reentrant": False}

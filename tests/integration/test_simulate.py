@@ -576,7 +576,7 @@ def test_tags_that_do_not_fit_the_tokens_end_in_one_line(
 @pytest.mark.parametrize(
     ("tables", "status", "said"),
     [
-        ({"task": {"kind": "causal-lm", "labels": []}}, 1, "model.base: the tokenizer has no end token"),
+        ({"task": {"kind": "causal-lm", "labels": []}}, 1, "reads text in both directions and cannot write answers"),
         ({"model": {"weights_sha256": "0" * 64}}, 1, "model.weights_sha256: the files in"),
         ({"model": {"tokenizer_sha256": "0" * 64}}, 1, "model.tokenizer_sha256: the files in"),
         (
