@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as safetensors_bytes
@@ -88,8 +89,10 @@ def attach(model: nn.Module, section: AdapterSection) -> PeftModel:
 
 def get_state(model: PeftModel) -> AdapterState:
     """A copy of the adapter and head, by PEFT's names in sorted order."""
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensors[name].detach().to("cpu", torch.float32).numpy().copy() for name in sorted(tensors)}
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
+        for name, parameter in _parameters(model).items()
+    }
 
 
 def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
@@ -98,10 +101,8 @@ def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) ->
     Raises:
         AdapterError: a tensor is missing, unknown or of another shape.
     """
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    parameters = _parameters(model)
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {name: tuple(array.shape) for name, array in state.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
@@ -109,7 +110,25 @@ def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) ->
             f"the adapter does not fit the model: {wrong} has shape {found.get(wrong, 'none')},"
             f" the model needs {expected.get(wrong, 'none')}"
         )
-    set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.array(state[name])))  # a copy: it may be read-only
+
+
+def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The parameters of adapter and head by PEFT's names, sorted; PEFT takes its time, so it is asked once a model."""
+    if model not in _named:
+        by_place = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        named = {name: by_place[tensors[name].data_ptr()] for name in sorted(tensors)}
+        shipped = {id(parameter) for parameter in named.values()}
+        if any(parameter.requires_grad and id(parameter) not in shipped for parameter in model.parameters()):
+            raise AdapterError("the model trains parameters that its adapter does not hold, so they would be lost")
+        _named[model] = named
+    return _named[model]
+
+
+_named: WeakKeyDictionary[PeftModel, dict[str, nn.Parameter]] = WeakKeyDictionary()
 
 
 def first_state(model: PeftModel, seed: int) -> AdapterState:

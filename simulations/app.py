@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from client.relay import failure, relay
+from client.resident import resident
 from client.vault import Vault, note
 from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
@@ -18,7 +19,7 @@ from common.messages import decode, encode
 from simulations.baselines import train_alone
 from simulations.workers import worker_begins
 
-__all__ = ["THREADS", "client", "server"]
+__all__ = ["THREADS", "client", "preload", "server"]
 
 # Environment variable with the number of threads a worker computes with.
 THREADS = "COADAPT_THREADS"
@@ -68,11 +69,20 @@ def _notes(message: Message) -> dict[str, str]:
     return {key: str(value) for key, value in message.content.config_records["notes"].items()}
 
 
+def preload(root: Path) -> None:
+    """Load the base for the sites in a folder, before the first call wants it."""
+    resident(_read(root))
+
+
 @lru_cache(maxsize=1)
 def _manifest(root: Path) -> Manifest:
     quiet()
     worker_begins()
     torch.set_num_threads(int(os.environ.get(THREADS, "1")))
+    return _read(root)
+
+
+def _read(root: Path) -> Manifest:
     return Manifest.model_validate_json((root / "federation.json").read_bytes())
 
 

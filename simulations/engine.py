@@ -186,7 +186,7 @@ def start_flower(run: "Run", client: ClientApp) -> None:
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
     try:
-        start_workers(plan.workers)
+        start_workers(plan.workers, preload=None if plan.gpu_share else run.root)
         run_simulation(server, client, len(run.data.train), backend_config={"client_resources": resources})
     except Exception as error:
         if run.failure is None:
@@ -281,8 +281,8 @@ class Run:
         self.sinks = [log, view] if view else [log]
         with contextlib.ExitStack() as stack:
             stack.callback(log.close)
-            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coadapt-sites-")))
-            self.sites = lay_out(root, self.manifest, self.data)
+            self.root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coadapt-sites-")))
+            self.sites = lay_out(self.root, self.manifest, self.data)
             self.report(
                 RunStarted(
                     run_id=self.run_id,

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 
@@ -18,6 +19,9 @@ __all__ = ["end_workers", "start_workers", "worker_begins", "worker_starts"]
 # Environment variable with `sys.path` of the process that started the workers, as JSON.
 PATH = "COADAPT_PATH"
 
+# Environment variable with the folder of the simulated sites whose base a worker loads when it starts; may be missing.
+SITES = "COADAPT_SITES"
+
 # Of "ray::ClientAppActor.run()" Linux keeps fifteen characters as the process's name.
 NAME = "ray::ClientAppA"
 
@@ -25,8 +29,11 @@ NAME = "ray::ClientAppA"
 PATIENCE = 5.0
 
 
-def start_workers(count: int) -> None:
+def start_workers(count: int, *, preload: Path | None) -> None:
     """Start Ray for `count` workers on this machine, before Flower would; where Ray runs already it is left as it is.
+
+    Each loads the base for the sites in the folder `preload` at once, while Flower starts; None leaves that to its
+    first call, as it must be where a worker is told only then which GPU is its own.
 
     Ray takes SIGTERM over and ends the process on it in the middle of things; the handlers from before are put back.
     """
@@ -42,7 +49,7 @@ def start_workers(count: int) -> None:
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={
-            "env_vars": {PATH: json.dumps(sys.path)},
+            "env_vars": {PATH: json.dumps(sys.path)} | ({SITES: str(preload)} if preload else {}),
             "worker_process_setup_hook": "simulations.workers.worker_starts",
         },
     )
@@ -52,8 +59,13 @@ def start_workers(count: int) -> None:
 
 
 def worker_starts() -> None:
-    """Ray calls this first in a new worker: every module that a worker needs is imported from where we lie."""
-    import simulations.app  # noqa: F401
+    """Ray calls this first in a new worker: what it needs is imported from where we lie, the base loaded."""
+    from simulations import app
+
+    sites = os.environ.get(SITES)
+    if sites is not None:
+        with contextlib.suppress(Exception):  # the first call will meet it again, and can say so
+            app.preload(Path(sites))
 
 
 def worker_begins() -> None:

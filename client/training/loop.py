@@ -61,9 +61,14 @@ def train(
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
-    optimizer = torch.optim.AdamW(parameters, lr=section.learning_rate, weight_decay=section.weight_decay)
+    # Fresh at every round, AdamW with a tiny epsilon takes steps of one size everywhere, like a vote of the sites'
+    # signs: labels that few of them have are voted down. A larger one (Reddi et al. 2021, section 4) prevents that.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=section.learning_rate, weight_decay=section.weight_decay, eps=section.adam_epsilon
+    )
     optimizer.zero_grad(set_to_none=True)  # of a training that failed midway; they would go into the first step
-    model.train()
+    if not model.training:  # asking every module takes as long as a step of a small one
+        model.train()
     losses: list[float] = []
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, steps), start=first_step):

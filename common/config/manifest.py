@@ -191,6 +191,9 @@ class TrainingSection(Section):
     )
     learning_rate: float = Field(1e-3, gt=0, le=1.0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, le=1.0, description="decoupled weight decay of AdamW")
+    adam_epsilon: float = Field(
+        1e-8, gt=0, le=1.0, description="epsilon of AdamW; near the gradients' size, 1e-3, small gradients move less"
+    )
     warmup_steps: int = Field(10, ge=0, description="steps from 0 to the peak learning rate, once in a run")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="learning rate after warm-up, over the steps of the whole run"

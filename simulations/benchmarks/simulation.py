@@ -1,9 +1,10 @@
 """What a client's round costs beside its training steps: Coadapt's simulation and a plain Flower app, in turn.
 
 Both train the same steps of the same sizes on the same records with the same number of workers and threads. The clock
-runs from the first client call to the end of the last round, so Ray's start is in neither and loading the base is in
-both. Out of workers x clock, the time in training steps is taken; what is left, for each client and round, is the
-figure. Runs alternate A B A B; the median of each is reported.
+runs from the first client call to the end of the last round. What comes before it is start-up, a figure of its own:
+Ray's and Flower's, and in ours the base, which every worker loads once as it starts. Out of workers x clock, the time
+in training steps is taken; what is left, for each client and round, is the figure. Runs alternate A B A B; the median
+of each is reported.
 """
 
 import json
@@ -47,11 +48,22 @@ class Stamped:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one run: outside training steps for each client and round, inside calls, and in training steps."""
+    """Seconds of one run, for each client and round: outside training steps, in the call, in steps; and start-up."""
 
     outside: float
     call: float
     training: float
+    startup: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run: when it was started and its last round ended (since 1970), seconds in training of each call, workers."""
+
+    launched: float
+    ended: float
+    training: list[float]
+    workers: int
 
 
 def measure_simulation(*, sites: int, rounds: int) -> dict[str, float]:
@@ -74,6 +86,8 @@ def measure_simulation(*, sites: int, rounds: int) -> dict[str, float]:
         "plain_call_seconds": round(statistics.median(cost.call for cost in plain), 4),
         "training_seconds": round(statistics.median(cost.training for cost in ours), 4),
         "plain_training_seconds": round(statistics.median(cost.training for cost in plain), 4),
+        "startup_seconds": round(statistics.median(cost.startup for cost in ours), 4),
+        "plain_startup_seconds": round(statistics.median(cost.startup for cost in plain), 4),
     }
 
 
@@ -96,26 +110,26 @@ def clauses(split: str, seed: int) -> Iterator[dict[str, str]]:
     return records("train", seed) if split == "train" else iter(())
 
 
-def _timed(run: Callable[[Manifest, Path], tuple[float, list[float], int]], manifest: Manifest) -> Cost:
+def _timed(run: Callable[[Manifest, Path], Timed], manifest: Manifest) -> Cost:
     with tempfile.TemporaryDirectory(prefix="coadapt-bench-") as folder:
         stamps = Path(folder) / "calls"
         stamps.mkdir()
-        ended, training, workers = run(manifest, Path(folder))
+        timed = run(manifest, Path(folder))
         calls = [json.loads(file.read_text(encoding="utf-8")) for file in stamps.iterdir()]
     # What ours measures after the last round belongs to no round.
-    calls = [(start, end) for start, end in calls if start < ended]
+    calls = [(start, end) for start, end in calls if start < timed.ended]
     began = min(start for start, _ in calls)
-    count = len(training)
+    count, training = len(timed.training), sum(timed.training)
     inside = sum(end - start for start, end in calls)
     return Cost(
-        outside=(workers * (ended - began) - sum(training)) / count,
-        call=(inside - sum(training)) / count,
-        training=sum(training) / count,
+        outside=(timed.workers * (timed.ended - began) - training) / count,
+        call=(inside - training) / count,
+        training=training / count,
+        startup=began - timed.launched,
     )
 
 
-def _ours(manifest: Manifest, folder: Path) -> tuple[float, list[float], int]:
-    """End of the last round (seconds since 1970), seconds in training steps of each client and round, workers."""
+def _ours(manifest: Manifest, folder: Path) -> Timed:
     ends: list[float] = []
     training: list[float] = []
 
@@ -126,19 +140,21 @@ def _ours(manifest: Manifest, folder: Path) -> tuple[float, list[float], int]:
             training.append(event.seconds)
 
     run = Run.prepare(manifest, [folder], began=time.monotonic(), baselines=False)
+    launched = time.time()
     with run.folder(folder / "runs", "bench", watch):
         start_flower(run, cast(ClientApp, Stamped(client, str(folder / "calls"))))
     if run.failure is not None:
         raise run.failure
-    return ends[manifest.training.rounds - 1], training, run.plan.workers
+    return Timed(launched, ends[manifest.training.rounds - 1], training, run.plan.workers)
 
 
-def _plain(manifest: Manifest, folder: Path) -> tuple[float, list[float], int]:
+def _plain(manifest: Manifest, folder: Path) -> Timed:
     """The same of the plain app, which finds the sites' files where ours would."""
     run = Run.prepare(manifest, [folder], began=time.monotonic(), baselines=False)
+    launched = time.time()
     sites = folder / "sites"
     sites.mkdir()
     lay_out(sites, run.manifest, run.data)
     app = Stamped(plain_client, str(folder / "calls"))
     ended, training = run_plain(app, run.manifest, sites, run.resident.base.folder, run.plan)
-    return ended, training, run.plan.workers
+    return Timed(launched, ended, training, run.plan.workers)

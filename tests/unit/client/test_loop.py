@@ -143,7 +143,7 @@ def slow_train(
                 m.mul_(0.9).add_(0.1 * clipped)
                 v.mul_(0.999).add_(0.001 * clipped**2)
                 p.mul_(1 - rate * section.weight_decay)
-                p.sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+                p.sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + section.adam_epsilon))
     return get_state(ready.model)
 
 
@@ -151,6 +151,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"max_grad_norm": 100.0, "weight_decay": 0.0},
     "clipped": {"max_grad_norm": 0.01, "weight_decay": 0.0},
     "decayed": {"weight_decay": 0.5},
+    "gentle": {"adam_epsilon": 1e-3},
     "proximal": {"proximal_mu": 3.0, "max_grad_norm": 100.0},
     "warm": {"warmup_steps": 6, "schedule": "cosine"},
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
 
 from common.adapters import attach, first_state, get_state, linear_targets, load_adapter, save_adapter, set_state
 from common.codec.state import AdapterState, state_digest
@@ -168,6 +169,21 @@ class TestState:
         for array in kept.values():
             array[...] = 0
         assert state_digest(get_state(model)) != state_digest(kept)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_peft_names_and_values_are_what_peft_itself_gives(self, manifest_for: Manifests, kind: str) -> None:
+        _, model = made(manifest_for(kind))
+        state = moved(model)
+        set_state(model, state)
+        oracle = get_peft_model_state_dict(model, save_embedding_layers=False)
+        assert sorted(oracle) == list(state)
+        assert all(np.array_equal(oracle[name].numpy(), state[name]) for name in state)
+
+    def test_a_trained_parameter_that_would_not_travel_is_refused(self, manifest_for: Manifests) -> None:
+        _, model = made(manifest_for())
+        next(parameter for parameter in model.parameters() if not parameter.requires_grad).requires_grad_()
+        with pytest.raises(AdapterError, match="parameters that its adapter does not hold"):
+            get_state(model)
 
     def test_swapping_leaves_nothing_of_the_last_adapter(self, manifest_for: Manifests) -> None:
         _, model = made(manifest_for())
