@@ -74,9 +74,11 @@ class Cleaning:
         )
 
 
-def read_records(path: Path, *, task: TaskSection, data: DataSection) -> tuple[list[Record], Cleaning]:
+def read_records(
+    path: Path, *, task: TaskSection, data: DataSection, need_unit: bool = False
+) -> tuple[list[Record], Cleaning]:
     """The clean records of a file and what cleaning did; a DataError where the file breaks a rule or has no record."""
-    records, cleaning = parse_rows(read_rows(path), task=task, data=data, where=str(path))
+    records, cleaning = parse_rows(read_rows(path), task=task, data=data, where=str(path), need_unit=need_unit)
     if not records:
         found = f"all {cleaning.empty} rows have an empty text" if cleaning.empty else "the file has no rows"
         raise DataError(f"{path}: no records: {found}; give a file with at least one record")
@@ -101,15 +103,20 @@ def read_rows(path: Path) -> Iterator[dict[str, object]]:
 
 
 def parse_rows(
-    rows: Iterable[Mapping[str, object]], *, task: TaskSection, data: DataSection, where: str
+    rows: Iterable[Mapping[str, object]],
+    *,
+    task: TaskSection,
+    data: DataSection,
+    where: str,
+    need_unit: bool = False,
 ) -> tuple[list[Record], Cleaning]:
     """Clean records of the manifest's task, in order, and what cleaning did; `where` names the rows in errors.
 
     Texts lose control and zero-width characters and surrounding white space and get the manifest's Unicode form;
     units, groups, labels and tags are compared in that form. Without a unit column each row is a unit of its own,
     named after the last part of `where` and its row, so that files do not share such units; a unit column under a
-    name of one's own must be there. Cleaning twice is cleaning once. A DataError names the first row and column that
-    break a rule.
+    name of one's own must be there, and any with `need_unit`. Cleaning twice is cleaning once. A DataError names the
+    first row and column that break a rule.
     """
     form, columns = data.unicode, data.columns
     known = _names_by_spelling(task.tags if task.kind == "token-classification" else task.labels, form)
@@ -119,7 +126,7 @@ def parse_rows(
     has_unit = False
     for number, values in enumerate(rows, start=1):
         if number == 1:
-            _check_columns(values, task=task, columns=columns, where=where)
+            _check_columns(values, task=task, columns=columns, where=where, need_unit=need_unit)
             has_unit = columns.unit in values
         row = _Row(values, f"{where}: row {number}", form)
         if has_unit:
@@ -286,11 +293,13 @@ def _clean(text: str, form: Form) -> str:
     return text.strip()
 
 
-def _check_columns(row: Mapping[str, object], *, task: TaskSection, columns: Columns, where: str) -> None:
+def _check_columns(
+    row: Mapping[str, object], *, task: TaskSection, columns: Columns, where: str, need_unit: bool
+) -> None:
     needed = [*_NEEDED[task.kind]]
     # A unit column under a name of one's own was meant to be there. To take its absence for "none" would protect
     # records where persons should be.
-    if columns.unit != Columns().unit:
+    if need_unit or columns.unit != Columns().unit:
         needed.append("unit")
     for key in needed:
         column = getattr(columns, key)

@@ -1,12 +1,16 @@
 """One round at a site, top to bottom: check, measure, train, reply."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from client.protection import Protection
 from client.resident import Resident
 from client.sampling import batches
 from client.state import SiteState
 from client.training.loop import train
+from client.training.preflight import check_gradients, check_moved, check_randomness
+from client.training.private import train_private
 from common.adapters import get_state, set_state
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
@@ -22,27 +26,40 @@ __all__ = ["SiteData", "evaluate", "train_round"]
 
 @dataclass(frozen=True)
 class SiteData:
-    """A site's examples, encoded: what it trains on and what it keeps out of training."""
+    """A site's examples, encoded: what it trains on and what it keeps out of training.
+
+    `units` are the training examples again, by the name of the privacy unit that owns them; empty without privacy.
+    """
 
     name: str
     train: Sequence[Example]
     held_out: Sequence[Example]
+    units: Mapping[str, Sequence[Example]]
 
 
 def train_round(
-    envelope: Envelope, start: RoundStart, manifest: Manifest, site: SiteData, resident: Resident, state: SiteState
+    envelope: Envelope,
+    start: RoundStart,
+    manifest: Manifest,
+    site: SiteData,
+    resident: Resident,
+    state: SiteState,
+    protection: Protection | None,
 ) -> tuple[Envelope, SiteState]:
-    """Answer a RoundStart with the change of the adapter.
+    """Answer a RoundStart with the change of the adapter; with privacy, what the round costs is charged before.
 
     Raises:
         MessageError: the round came before, lies outside the run, or the adapter is not the one announced.
         NotFiniteLoss: training diverged.
+        BudgetError, LedgerError, PrivacyError: the site's budget or a check of the mechanism forbids to train.
     """
     section = manifest.training
     # 1. Check what came: a round is answered once, and only for the adapter it speaks of.
     if not state.last_round < start.round <= section.rounds:
         raise MessageError(f"round {start.round} must follow round {state.last_round} and be at most {section.rounds}")
     _check_adapter(envelope, start.adapter_sha256)
+    if protection is not None:
+        return _train_privately(envelope, start, manifest, site, resident, state, protection)
     # 2. Measure the adapter as it arrived, on records that are never trained on.
     set_state(resident.model, envelope.tensors)
     counts = _counts(manifest, site, resident) if start.evaluate else {}
@@ -72,13 +89,65 @@ def train_round(
         loss=outcome.loss,
         counts=counts,
         seconds=outcome.seconds,
+        noise_multiplier=None,
+        sampling_rate=None,
     )
     moved = replace(state, cursor=state.cursor + outcome.examples, last_round=start.round)
     return Envelope(header=header, tensors=change), moved
 
 
+def _train_privately(
+    envelope: Envelope,
+    start: RoundStart,
+    manifest: Manifest,
+    site: SiteData,
+    resident: Resident,
+    state: SiteState,
+    protection: Protection,
+) -> tuple[Envelope, SiteState]:
+    """The same with privacy: nothing in the answer but the noised change is computed from records."""
+    section = manifest.training
+    # 2. The cost is on the disk before training begins, whatever happens then.
+    protection.charge(start.run_id, start.round, site.units)
+    # 3. Train the agreed number of noised steps; before the first round what the guarantee rests on is checked.
+    set_state(resident.model, envelope.tensors)
+    units = list(site.units.values())
+    randomness = protection.randomness(site.name, start.run_id, start.round)
+    if state.last_round == 0:
+        check_randomness(protection.mechanism, randomness, len(units))
+        check_gradients(resident.model, resident.task, units, resident.precision)
+    seed_dropout(section.seed, site.name, start.round)
+    seconds = train_private(
+        resident.model,
+        resident.task,
+        units,
+        section,
+        protection.mechanism,
+        randomness,
+        first_step=(start.round - 1) * section.local_steps,
+        steps=section.local_steps,
+        total_steps=section.rounds * section.local_steps,
+        precision=resident.precision,
+    )
+    # 4. Reply with the change, and beside it with public numbers alone.
+    after = get_state(resident.model)
+    check_moved(envelope.tensors, after)
+    header = RoundDone(
+        **start.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"}),
+        records=protection.units,
+        examples=section.local_steps * section.batch_size,
+        loss=None,
+        counts={},
+        seconds=float(math.ceil(seconds)),
+        noise_multiplier=protection.round.noise_multiplier,
+        sampling_rate=protection.round.sampling_rate,
+    )
+    change: AdapterState = {name: after[name] - envelope.tensors[name] for name in after}
+    return Envelope(header=header, tensors=change), replace(state, last_round=start.round)
+
+
 def evaluate(envelope: Envelope, request: Evaluate, manifest: Manifest, site: SiteData, resident: Resident) -> Envelope:
-    """Answer an Evaluate with counts on the site's held-out records."""
+    """Answer an Evaluate with counts on the site's held-out records; with privacy they stay at the site."""
     _check_adapter(envelope, request.adapter_sha256)
     set_state(resident.model, envelope.tensors)
     values = request.model_dump(exclude={"kind"})
@@ -91,7 +160,7 @@ def _check_adapter(envelope: Envelope, announced: str) -> None:
 
 
 def _counts(manifest: Manifest, site: SiteData, resident: Resident) -> Counts:
-    if not site.held_out:
+    if not site.held_out or manifest.privacy is not None:
         return {}
     return measure(
         resident.model,

@@ -4,13 +4,17 @@ import contextlib
 import traceback
 from pathlib import Path
 
+from client.ledger import Ledger
+from client.protection import Population, Protection, protected_units
 from client.records import read_records
 from client.resident import resident
 from client.round import SiteData, evaluate, train_round
 from client.state import SiteState
 from common.config.manifest import Manifest
-from common.errors import MessageError, error_code
+from common.errors import MessageError, PrivacyError, error_code
 from common.messages import Envelope, Evaluate, Refused, RoundStart, decode, encode
+from common.records import Record
+from common.tasks.task import Example
 
 __all__ = ["Vault", "note"]
 
@@ -19,19 +23,46 @@ class Vault:
     """One site under one manifest.
 
     `train` and `held_out` are files of records; the second may be missing. Errors are written to `log`, which stays
-    at the site; what leaves is a fixed word.
+    at the site; what leaves is a fixed word. A manifest with privacy needs the `population` that the records belong to
+    and the `ledger` that is charged.
+
+    Raises:
+        CoadaptError: of its tree the one that fits; without budget for a round no record is read.
     """
 
-    def __init__(self, name: str, manifest: Manifest, *, train: Path, held_out: Path | None, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        manifest: Manifest,
+        *,
+        train: Path,
+        held_out: Path | None,
+        log: Path,
+        population: Population | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
         self._manifest = manifest
         self._digest = manifest.digest()
         self._log = log
-        task = resident(manifest).task
-        examples = []
-        for path in (train, held_out):
-            records = read_records(path, task=manifest.task, data=manifest.data)[0] if path else []
-            examples.append(task.encode(records).examples)
-        self._site = SiteData(name, examples[0], examples[1][: manifest.evaluation.max_records])
+        self._protection: Protection | None = None
+        if manifest.privacy is not None:
+            if population is None or ledger is None:
+                raise PrivacyError("the manifest asks for privacy: a site needs a population and a ledger to give it")
+            self._protection = Protection(manifest, population, ledger)
+            self._protection.require()
+        records = self._read(train)
+        examples = resident(manifest).task.encode(records).examples
+        held_out_examples = resident(manifest).task.encode(self._read(held_out)).examples if held_out else []
+        units: dict[str, list[Example]] = {}
+        if manifest.privacy is not None:
+            by_record = {id(record): example for record, example in zip(records, examples, strict=True)}
+            owned = protected_units(records, manifest.privacy.unit)
+            units = {unit: [by_record[id(record)] for record in own] for unit, own in owned.items()}
+        self._site = SiteData(name, examples, held_out_examples[: manifest.evaluation.max_records], units)
+
+    def _read(self, path: Path) -> list[Record]:
+        manifest = self._manifest
+        return read_records(path, task=manifest.task, data=manifest.data, need_unit=manifest.need_unit)[0]
 
     def answer(self, data: bytes, state: SiteState) -> tuple[bytes, SiteState]:
         """Answer one envelope. Whatever goes wrong ends in a Refused, and the state stays as it was.
@@ -62,7 +93,7 @@ class Vault:
             raise MessageError("the coordinator speaks of another manifest than the one this site agreed to")
         model = resident(self._manifest)
         if isinstance(header, RoundStart):
-            return train_round(request, header, self._manifest, self._site, model, state)
+            return train_round(request, header, self._manifest, self._site, model, state, self._protection)
         if isinstance(header, Evaluate):
             return evaluate(request, header, self._manifest, self._site, model), state
         raise MessageError(f"a site does not answer {header.kind!r}")

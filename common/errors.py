@@ -7,6 +7,9 @@
     ├── AdapterError         an adapter does not fit the model or the manifest
     ├── TrainingError        training cannot go on
     │   └── NotFiniteLoss    the loss became NaN or infinite
+    ├── PrivacyError         a privacy setting breaks a rule, or a check of the private training failed
+    │   └── BudgetError      a round would cost more than the population's cap leaves
+    ├── LedgerError          the ledger cannot be opened, written or trusted
     ├── MessageError         an envelope is malformed, of another version or out of turn
     ├── RoundError           too few sites answered to finish a round
     ├── RunError             a run cannot start or a run's files cannot be used
@@ -21,13 +24,16 @@ import re
 
 __all__ = [
     "AdapterError",
+    "BudgetError",
     "CoadaptError",
     "DataError",
     "ExtensionError",
+    "LedgerError",
     "ManifestError",
     "MessageError",
     "ModelError",
     "NotFiniteLoss",
+    "PrivacyError",
     "RoundError",
     "RunError",
     "TrainingError",
@@ -79,6 +85,24 @@ class NotFiniteLoss(TrainingError):
     """The loss became NaN or infinite; the site sits the round out."""
 
     code = "not_finite_loss"
+
+
+class PrivacyError(CoadaptError):
+    """A privacy setting breaks a rule, or a check of the private training failed."""
+
+    code = "privacy"
+
+
+class BudgetError(PrivacyError):
+    """A round would cost more privacy than the population's cap leaves; nothing was charged."""
+
+    code = "budget"
+
+
+class LedgerError(CoadaptError):
+    """The ledger of privacy spent cannot be opened, written or trusted; nothing is trained without it."""
+
+    code = "ledger"
 
 
 class MessageError(CoadaptError):

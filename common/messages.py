@@ -48,14 +48,20 @@ class RoundDone(_Header):
     `records` is the number of training records, the weight in the mean. `loss` is the mean over the round's steps.
     `counts` are those of the received adapter on held-out records, empty if none were asked for or are held out.
     `seconds` is the time in training steps.
+
+    With privacy nothing here is computed from records: `records` is the number of units that the site publishes,
+    `examples` the number expected, `loss` is missing, `counts` are empty, and `seconds` are rounded up to whole ones.
+    `noise_multiplier` and `sampling_rate` say what protects a unit; without privacy both are missing.
     """
 
     kind: Literal["round_done"] = "round_done"
     records: int = Field(ge=1)
     examples: int = Field(ge=0)
-    loss: float
+    loss: float | None
     counts: dict[str, float]
     seconds: float = Field(ge=0)
+    noise_multiplier: float | None
+    sampling_rate: float | None
 
 
 class Evaluate(_Header):

@@ -85,7 +85,7 @@ class SiteFinished(Event):
 
     round: int
     site: str
-    train_loss: float
+    train_loss: float | None
     examples: int
     seconds: float
     bytes_up: int
@@ -109,7 +109,7 @@ class RoundFinished(Event):
     """
 
     round: int
-    train_loss: float
+    train_loss: float | None
     answered: int
     failed: int
     bytes_up: int

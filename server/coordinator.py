@@ -34,7 +34,7 @@ class SiteAnswer:
     site: str
     records: int
     examples: int
-    loss: float
+    loss: float | None
     seconds: float
     bytes_up: int
     bytes_down: int
@@ -53,8 +53,9 @@ class StoredRound:
 
     @property
     def train_loss(self) -> float | None:
-        """Mean of the answering sites' losses, each site counting once; None in round 0."""
-        return sum(answer.loss for answer in self.answers) / len(self.answers) if self.answers else None
+        """Mean of the answering sites' losses, each site counting once; None where no site tells its own."""
+        losses = [answer.loss for answer in self.answers if answer.loss is not None]
+        return sum(losses) / len(losses) if losses else None
 
 
 class Coordinator:
@@ -125,7 +126,7 @@ class Coordinator:
         self._report(
             RoundFinished(
                 round=number,
-                train_loss=math.nan if done.train_loss is None else done.train_loss,
+                train_loss=done.train_loss,
                 answered=len(done.answers),
                 failed=len(done.failures),
                 bytes_up=sum(answer.bytes_up for answer in done.answers),
@@ -140,7 +141,7 @@ class Coordinator:
         if isinstance(header, RoundDone) and _answers(header, start):
             by_records = self._manifest.aggregation.weighting == "records"
             try:
-                if not math.isfinite(header.loss):
+                if header.loss is not None and not math.isfinite(header.loss):
                     raise AdapterError("the loss is not finite")
                 mean.add(reply.envelope.tensors if reply.envelope else {}, header.records if by_records else 1)
             except AdapterError as error:

@@ -4,12 +4,15 @@ Every message says in its notes which site it is for and where that site's folde
 take neither from a coordinator; there the relay speaks to the one vault of its institution.
 """
 
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from client.ledger import Ledger
+from client.protection import Population
 from client.relay import failure, relay
 from client.resident import resident
 from client.vault import Vault, note
@@ -37,7 +40,7 @@ def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
     notes = _notes(message)
     try:
-        return relay(message, context, _vault(notes["site"], notes["folder"], notes["log"]))
+        return relay(message, context, _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"]))
     except Exception as error:
         note(Path(notes["log"]), error)
         return failure(message, error)
@@ -87,13 +90,17 @@ def _read(root: Path) -> Manifest:
 
 
 @lru_cache(maxsize=CACHED_SITES)
-def _vault(site: str, folder: str, log: str) -> Vault:
+def _vault(site: str, folder: str, log: str, ledger: str) -> Vault:
     home = Path(folder)
     held_out = home / "held_out.jsonl"
+    manifest = _manifest(home.parent)
+    population = home / "population.json"
     return Vault(
         site,
-        _manifest(home.parent),
+        manifest,
         train=home / "train.jsonl",
         held_out=held_out if held_out.exists() else None,
         log=Path(log),
+        population=Population(**json.loads(population.read_bytes())) if population.exists() else None,
+        ledger=Ledger(Path(ledger), simulated=True) if population.exists() else None,
     )

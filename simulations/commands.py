@@ -62,7 +62,7 @@ def simulate(
     """Simulate a whole federation on this machine, from raw files to a report."""
     from simulations.engine import simulate as run
     from simulations.live import LiveView, print_table
-    from simulations.report import main_result
+    from simulations.report import main_result, privacy_result
 
     console = Console()
     with LiveView(console) as view:
@@ -72,6 +72,7 @@ def simulate(
     folder = runs / summary.run_id
     print_table(summary, console)
     console.print(main_result(summary), highlight=False, soft_wrap=True)
+    console.print(privacy_result(summary), highlight=False, soft_wrap=True)
     if summary.overfitting:
         console.print(summary.overfitting, highlight=False, soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

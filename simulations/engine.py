@@ -28,13 +28,14 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from client.protection import mechanism
 from client.resident import Resident, resident
 from common.adapters import first_state, save_adapter
 from common.codec.state import AdapterState, state_digest
 from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
-from common.errors import CoadaptError, RunError
+from common.errors import CoadaptError, PrivacyError, RunError
 from common.extensions import load
 from common.flower import ClientApp, Context, Grid, ServerApp, quiet
 from common.messages import Envelope, Evaluate, Evaluated, encode
@@ -49,7 +50,7 @@ from simulations import summarise
 from simulations.app import THREADS, client
 from simulations.baselines import HELD_OUT, TEST, part_of
 from simulations.report import write_report
-from simulations.sites import POOLED, FederationData, lay_out, read_federation, simulation_of
+from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
 from simulations.summary import BaseModelFacts, RunSummary, Timing
 from simulations.workers import end_workers, start_workers
 
@@ -254,6 +255,11 @@ class Run:
         simulation = simulation_of(manifest)
         find_metrics(manifest, folders[-1])
         data = read_federation(manifest, folders)
+        for site, population in populations(manifest, data).items():
+            try:
+                mechanism(manifest, population)
+            except PrivacyError as error:
+                raise PrivacyError(f"site {site!r}: {error}") from error
         manifest = pinned(manifest)
         model = resident(manifest)
         truncated = {split: model.task.encode(records).truncated for split, records in data.splits().items()}
@@ -335,12 +341,13 @@ class Run:
     def _channel(self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None) -> FlowerChannel:
         """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is."""
         nodes = self._nodes(grid)
-        logs = (self.store.folder / "site-logs").resolve()
+        run = self.store.folder.resolve()
         notes = {
             name: {
                 "site": job.site,
                 "folder": str(self.sites[job.site]),
-                "log": str(logs / f"{self.sites[job.site].name}.log"),
+                "log": str(run / "site-logs" / f"{self.sites[job.site].name}.log"),
+                "ledger": str(run / "ledgers" / self.sites[job.site].name),
                 "steps": str(job.steps),
             }
             for name, job in jobs.items()
@@ -457,10 +464,14 @@ class Run:
                 examples=sum(answer.examples for each in done for answer in each.answers),
             ),
             failures=summarise.failures(done),
+            privacy=summarise.privacy_facts(manifest, populations(manifest, self.data), self._ledgers()),
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),
         )
+
+    def _ledgers(self) -> dict[str, Path]:
+        return {site: self.store.folder / "ledgers" / folder.name for site, folder in self.sites.items()}
 
     def _timing(self) -> Timing:
         order = ["rounds", "validation", "baselines", "test", "report"]

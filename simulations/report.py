@@ -17,7 +17,7 @@ from simulations.report_page import PAGE
 from simulations.summary import RunSummary, SiteFacts, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
-__all__ = ["main_result", "render", "write_report"]
+__all__ = ["main_result", "privacy_result", "render", "write_report"]
 
 
 # Metrics between 0 and 1 of which a hundredth is called a point.
@@ -67,6 +67,20 @@ def main_result(summary: RunSummary) -> str:
     return f"{start}: {' and '.join(told)}." if told else f"{start}."
 
 
+def privacy_result(summary: RunSummary) -> str:
+    """Whether the released adapter is private, in one sentence."""
+    facts = summary.privacy
+    if facts is None:
+        return "The released adapter is not private: it may give single records away."
+    if not facts.protects:
+        return "The released adapter is not private: privacy.unsafe_seed makes its noise known."
+    spent = max((site.epsilon for site in facts.sites), default=0.0)
+    return (
+        f"The released adapter is private: epsilon at most {figure_text(spent)} at delta {facts.delta:.0e} for each"
+        f" {facts.unit} and site, over all rounds."
+    )
+
+
 def _without_test(summary: RunSummary, metric: str) -> str:
     trained = [facts.round for facts in summary.rounds if facts.round > 0]
     if not trained:
@@ -100,6 +114,8 @@ def _view(summary: RunSummary) -> dict[str, Any]:
     return {
         "summary": summary,
         "result": main_result(summary),
+        "privacy": privacy_result(summary),
+        "unsafe": summary.privacy is not None and not summary.privacy.protects,
         "chooser": chooser,
         "lower_is_better": LOWER_IS_BETTER,
         "table": _table(summary),

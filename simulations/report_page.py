@@ -106,6 +106,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {% if summary.reason %}
 <p class="callout">{{ summary.reason }}</p>
 {% endif %}
+<p class="{{ "callout" if unsafe else "private" }}">{{ privacy }}</p>
 <p class="result">{{ result }}</p>
 {% if table %}
 <p class="soft">
@@ -182,6 +183,24 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 </details>
 {% endif %}
 </section>
+
+{% if summary.privacy %}
+<section id="privacy" aria-labelledby="privacy-title">
+<h2 id="privacy-title">Privacy</h2>
+<p>Protected is each {{ summary.privacy.unit }} at each site. A {{ summary.privacy.unit }} with records at several sites pays at each of them, and the sums add. The bound covers everything that left a site in this run: the changes of the adapter. No other figure that is computed from records left one; the counts of units are public and rounded. The comparison's rows for local and centralised training were trained without privacy.</p>
+<div class="wide" tabindex="0" role="region" aria-label="Privacy of each site">
+<table>
+<thead><tr><th scope="col">site</th><th scope="col">published units</th><th scope="col">epsilon</th><th scope="col">epsilon, tighter bound</th><th scope="col">noise over clip</th><th scope="col">sampling rate</th><th scope="col">steps charged</th></tr></thead>
+<tbody>
+{% for site in summary.privacy.sites %}
+<tr><th scope="row">{{ site.name }}</th><td>{{ site.units | count }}</td><td>{{ site.epsilon | figure }}</td><td>{{ site.epsilon_prv | figure }}</td><td>{{ site.noise_multiplier | figure }}</td><td>{{ site.sampling_rate | figure }}</td><td>{{ site.steps | count }}</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+<p class="soft">Epsilon by Rényi differential privacy enforces the budget; the tighter bound is by privacy loss random variables. Allowed were epsilon {{ summary.privacy.epsilon | figure }} and delta {{ "%.1e" | format(summary.privacy.delta) }}; gradients were clipped to {{ summary.privacy.clip | figure }}. These ledgers are simulated: a real site would have paid this from its one account.</p>
+</section>
+{% endif %}
 
 <section id="sites" aria-labelledby="sites-title">
 <h2 id="sites-title">Sites</h2>

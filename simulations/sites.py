@@ -5,11 +5,13 @@ the run ends: they hold records.
 """
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from client.protection import Population, protected_units, published
 from client.records import Cleaning, parse_rows, read_records, write_records
 from client.units import require_disjoint_units, split_units, units_of
 from common.config.manifest import Manifest, SimulationSection
@@ -19,7 +21,7 @@ from common.extensions import load
 from common.records import Record, TextRecord, TokensRecord
 from simulations.partitioners import deal, partition
 
-__all__ = ["POOLED", "FederationData", "label_counts", "lay_out", "read_federation", "simulation_of"]
+__all__ = ["POOLED", "FederationData", "label_counts", "lay_out", "populations", "read_federation", "simulation_of"]
 
 # The pretend site of the centralised baseline, which holds all records; no site can be named so.
 POOLED = "pooled records of all sites"
@@ -100,7 +102,8 @@ def _records(
     manifest: Manifest, name: str | None, split: str, folders: Sequence[Path]
 ) -> tuple[list[Record], Cleaning]:
     if name is not None:
-        return read_records(_found(name, folders, split), task=manifest.task, data=manifest.data)
+        path = _found(name, folders, split)
+        return read_records(path, task=manifest.task, data=manifest.data, need_unit=manifest.need_unit)
     section = simulation_of(manifest)
     source = load(section.source or "", "data source", search=folders[-1])
     try:
@@ -113,7 +116,10 @@ def _records(
             f"data source {section.source!r}: raised {type(error).__name__} for split {split!r}; it must be a function"
             " of (split, seed) that gives rows as mappings from column to value"
         ) from error
-    records, cleaning = parse_rows(rows, task=manifest.task, data=manifest.data, where=f"{section.source} ({split})")
+    where = f"{section.source} ({split})"
+    records, cleaning = parse_rows(
+        rows, task=manifest.task, data=manifest.data, where=where, need_unit=manifest.need_unit
+    )
     if split == "train" and not records:
         raise DataError(f"{section.source}: the data source gave no training records")
     return records, cleaning
@@ -141,7 +147,8 @@ def _first_units(records: list[Record], most: int | None) -> list[Record]:
 def lay_out(folder: Path, manifest: Manifest, data: FederationData) -> dict[str, Path]:
     """Write the manifest and a folder for each site, the pooled one too; return the sites' folders by name.
 
-    `<folder>/federation.json`, `<folder>/test.jsonl`, `<folder>/<number>/train.jsonl` and `held_out.jsonl`.
+    `<folder>/federation.json`, `<folder>/test.jsonl`, `<folder>/<number>/train.jsonl` and `held_out.jsonl`; with
+    privacy also `population.json`.
     """
     columns = manifest.data.columns
     write_text(folder / "federation.json", manifest.model_dump_json())
@@ -155,7 +162,28 @@ def lay_out(folder: Path, manifest: Manifest, data: FederationData) -> dict[str,
         write_records(folders[site] / "train.jsonl", train, columns)
         if held_out:
             write_records(folders[site] / "held_out.jsonl", held_out, columns)
+    for site, population in populations(manifest, data).items():
+        write_text(folders[site] / "population.json", json.dumps(asdict(population)))
     return folders
+
+
+def populations(manifest: Manifest, data: FederationData) -> dict[str, Population]:
+    """What the simulated sites' policies would say of their units; empty without privacy.
+
+    Each site publishes its rounded count, and lets this one run spend what the manifest asks for.
+    """
+    privacy = manifest.privacy
+    if privacy is None:
+        return {}
+    return {
+        site: Population(
+            f"{privacy.unit}s of {site} (simulated)",
+            published(len(protected_units(records, privacy.unit))),
+            privacy.epsilon,
+            privacy.delta,
+        )
+        for site, records in data.train.items()
+    }
 
 
 def label_counts(records: Iterable[Record]) -> dict[str, int]:

@@ -4,13 +4,18 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import psutil
 import torch
 
+from client.ledger import Ledger
+from client.protection import Population, mechanism
 from client.units import units_of
 from common.config.manifest import Manifest
 from common.metrics import better, figures
+from common.privacy.accounting import Steps, prv_epsilon, rdp_epsilon
 from server.coordinator import Coordinator, StoredRound
 from simulations.sites import FederationData, label_counts
 from simulations.summary import (
@@ -18,12 +23,23 @@ from simulations.summary import (
     DataFacts,
     Failure,
     MachineFacts,
+    PrivacyFacts,
     RoundFacts,
     SiteFacts,
+    SitePrivacy,
     TableRow,
 )
 
-__all__ = ["comparison", "data_facts", "failures", "machine_facts", "overfitting", "round_facts", "site_facts"]
+__all__ = [
+    "comparison",
+    "data_facts",
+    "failures",
+    "machine_facts",
+    "overfitting",
+    "privacy_facts",
+    "round_facts",
+    "site_facts",
+]
 
 Figures = dict[str, float]
 
@@ -98,6 +114,48 @@ def site_facts(
             )
         )
     return facts
+
+
+def privacy_facts(
+    manifest: Manifest, populations: Mapping[str, Population], ledgers: Mapping[str, Path]
+) -> PrivacyFacts | None:
+    """What the sites' ledgers say that their units have paid; None without privacy.
+
+    Raises:
+        LedgerError: a ledger cannot be read or trusted.
+    """
+    section = manifest.privacy
+    if section is None:
+        return None
+    sites = []
+    for site, population in populations.items():
+        spent = Ledger(ledgers[site], simulated=True).spent(population.name) if ledgers[site].exists() else []
+        how = mechanism(manifest, population)
+        sites.append(
+            SitePrivacy(
+                name=site,
+                units=population.units,
+                noise_multiplier=how.noise_multiplier,
+                sampling_rate=how.sampling_rate,
+                steps=sum(steps.count for steps in spent),
+                epsilon=rdp_epsilon(spent, section.delta),
+                epsilon_prv=_prv_epsilon(tuple(spent), section.delta),
+            )
+        )
+    return PrivacyFacts(
+        unit=section.unit,
+        epsilon=section.epsilon,
+        delta=section.delta,
+        clip=section.clip,
+        protects=section.unsafe_seed is None,
+        sites=sites,
+    )
+
+
+@lru_cache(maxsize=256)
+def _prv_epsilon(spent: tuple[Steps, ...], delta: float) -> float:
+    """Sites with equal histories paid the same, and the figure takes a second."""
+    return prv_epsilon(spent, delta)
 
 
 def comparison(

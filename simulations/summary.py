@@ -14,9 +14,11 @@ __all__ = [
     "DataFacts",
     "Failure",
     "MachineFacts",
+    "PrivacyFacts",
     "RoundFacts",
     "RunSummary",
     "SiteFacts",
+    "SitePrivacy",
     "TableRow",
     "Timing",
 ]
@@ -134,6 +136,29 @@ class MachineFacts(Facts):
     torch: str
 
 
+class SitePrivacy(Facts):
+    """What one site's units have paid for in this run, by the site's ledger."""
+
+    name: str
+    units: int = Field(description="privacy units as the site publishes them, rounded")
+    noise_multiplier: float = Field(description="deviation of the noise over the clip")
+    sampling_rate: float = Field(description="chance of a unit to be in a step")
+    steps: int = Field(description="noised steps that were charged, retried rounds included")
+    epsilon: float = Field(description="by Renyi differential privacy, which enforces the budget")
+    epsilon_prv: float = Field(description="by privacy loss random variables, tighter")
+
+
+class PrivacyFacts(Facts):
+    """Differential privacy of the run: the bound holds for every unit at every site, and composes over sites."""
+
+    unit: str = Field(description="what is protected at each site")
+    epsilon: float = Field(description="what the manifest allows for the whole run")
+    delta: float
+    clip: float
+    protects: bool = Field(description="false with an unsafe seed: who knows it takes the noise off")
+    sites: list[SitePrivacy]
+
+
 class RunSummary(Facts):
     """A whole `summary.json`. `version` changes when a field changes its meaning."""
 
@@ -152,6 +177,7 @@ class RunSummary(Facts):
     rounds: list[RoundFacts] = Field(description="finished rounds from round 0")
     selected_round: int = Field(description="round whose adapter is the result")
     table: list[TableRow]
+    privacy: PrivacyFacts | None = Field(None, description="null: the run is not private")
     failures: list[Failure]
     overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")
     timing: Timing

@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationSection",
     "Manifest",
     "ModelSection",
+    "PrivacySection",
     "Section",
     "SimulationSection",
     "TaskSection",
@@ -216,6 +217,24 @@ class TrainingSection(Section):
         return self
 
 
+class PrivacySection(Section):
+    """Differential privacy of every unit at its site, for the whole run; without this table there is none."""
+
+    epsilon: float = Field(gt=0, le=1e6, description="most that all rounds together may cost a privacy unit at a site")
+    delta: float = Field(1e-5, gt=0, lt=1, description="chance that the bound fails; below 1 / units at every site")
+    unit: str = Field(
+        "record",
+        min_length=1,
+        description="what is protected: record, or what the unit column names (patient, matter, contract)",
+    )
+    clip: float = Field(1.0, gt=0, description="largest L2 norm of a unit's gradient; larger ones are scaled")
+    records_per_unit: int = Field(8, ge=1, description="most records of one unit that a step looks at")
+    spare_rounds: int = Field(0, ge=0, description="rounds beyond training.rounds that the budget pays for, as retries")
+    unsafe_seed: int | None = Field(
+        None, ge=0, description="makes noise and sampling repeatable, so that they protect nobody; for tests alone"
+    )
+
+
 class AggregationSection(Section):
     """How the coordinator combines what the sites send."""
 
@@ -316,6 +335,7 @@ class Manifest(Section):
     data: DataSection = Field(default_factory=DataSection)
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
+    privacy: PrivacySection | None = None
     aggregation: AggregationSection = Field(default_factory=AggregationSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     simulation: SimulationSection | None = None
@@ -330,6 +350,19 @@ class Manifest(Section):
                     f" known: {', '.join(known)}, or 'module:function'"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _nothing_private_chooses(self) -> Self:
+        if self.privacy is not None and self.evaluation.select == "best":
+            raise ValueError(
+                "evaluation.select must be 'last' with privacy: a choice by private records tells about them"
+            )
+        return self
+
+    @property
+    def need_unit(self) -> bool:
+        """Whether data must name the unit of every record: what is protected is more than the record itself."""
+        return self.privacy is not None and self.privacy.unit != "record"
 
     @property
     def metrics(self) -> tuple[str, ...]:

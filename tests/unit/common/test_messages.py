@@ -39,7 +39,16 @@ ARRAYS = st.builds(
 TENSORS = st.dictionaries(st.text(max_size=12).filter(lambda name: name != "__metadata__"), ARRAYS, max_size=4)
 
 FIELDS: dict[str, Any] = {"manifest_sha256": "a" * 64, "run_id": "SECRET-run", "round": 3, "adapter_sha256": "b" * 64}
-DONE = RoundDone(**FIELDS, records=5, examples=32, loss=1.5, counts={"SECRET-key": 1.0}, seconds=0.25)
+DONE = RoundDone(
+    **FIELDS,
+    records=5,
+    examples=32,
+    loss=1.5,
+    counts={"SECRET-key": 1.0},
+    seconds=0.25,
+    noise_multiplier=None,
+    sampling_rate=None,
+)
 SECRET_TENSORS = {"SECRET-tensor": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 

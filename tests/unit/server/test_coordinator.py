@@ -37,7 +37,8 @@ def change(site: str, request: Envelope) -> AdapterState:
 def done(request: Envelope, site: str, *, tensors: AdapterState | None = None, **other: Any) -> Envelope:
     facts = {"records": RECORDS[site], "examples": 5, "loss": 1.0 / request.header.round, "seconds": 0.5}
     counts = {"records": 1.0, "correct": 0.0, "loss_sum": 0.0}
-    header = RoundDone(**header_of(request, **{**facts, "counts": counts, **other}))
+    private: dict[str, Any] = {"noise_multiplier": None, "sampling_rate": None}
+    header = RoundDone(**header_of(request, **{**facts, "counts": counts, **private, **other}))
     return Envelope(header=header, tensors=change(site, request) if tensors is None else tensors)
 
 

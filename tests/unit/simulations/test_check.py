@@ -116,7 +116,15 @@ def test_the_bytes_of_a_round_are_those_of_real_envelopes(manifest_file: Callabl
     )
     counts = {f"{kind}/{label}": 12.0 for kind in ("tp", "fp", "fn") for label in range(3)}
     done = RoundDone(
-        **about, adapter_sha256="0" * 64, records=40, examples=10, loss=0.123456789, counts=counts, seconds=1.2345678
+        **about,
+        adapter_sha256="0" * 64,
+        records=40,
+        examples=10,
+        loss=0.123456789,
+        counts=counts,
+        seconds=1.2345678,
+        noise_multiplier=None,
+        sampling_rate=None,
     )
     up = encode(Envelope(header=done, tensors=state))
     assert decode(up).tensors.keys() == state.keys()

@@ -123,7 +123,7 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def test_every_field_is_known_and_explained_right_above_it() -> None:
-    manifest = example(simulation={"train": "a.jsonl"})
+    manifest = example(simulation={"train": "a.jsonl"}, privacy={"epsilon": 8.0})
     text = annotated(manifest)
     fields = fields_of(Manifest)
     assert set(known_keys()) == set(fields)

@@ -1,0 +1,175 @@
+"""Training under differential privacy: DP-SGD (Abadi et al. 2016, algorithm 1) on privacy units.
+
+Every step samples each unit on its own, averages the gradients of the unit's records, bounds the mean's L2 norm by
+the clip, adds Gaussian noise to the sum, and divides by the expected number of units. Opacus' optimiser clips and
+steps; sampling, noise and per-example gradients are ours. What the steps cost is charged before they are taken
+(`client/ledger.py`); nothing here can add to it, since only the noised sums reach the adapter.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from client.protection import Mechanism
+from client.training.loop import learning_rate
+from client.training.per_sample import per_sample_gradients
+from common.config.manifest import TrainingSection
+from common.errors import PrivacyError
+from common.randomness import SystemRandomness
+from common.tasks.task import Example, Task
+
+__all__ = ["NoisedOptimizer", "clipped_sum", "train_private", "unit_gradients"]
+
+# Noised sums are rounded to multiples of the noise's deviation times this power of two. The grid is far coarser than
+# the spacing of float64 in which sum and noise are added, so the low bits, which can betray the sum, are gone.
+GRID = 2.0**-20
+
+
+class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """Opacus' optimiser with noise from the operating system, added in float64 and rounded to a grid."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, randomness: SystemRandomness) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=mechanism.clip,
+            expected_batch_size=mechanism.expected_units,
+            loss_reduction="mean",
+        )
+        self._randomness = randomness
+
+    def add_noise(self) -> None:
+        """`p.grad` becomes the sum of clipped gradients plus noise of deviation noise_multiplier x clip."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        noise = self._randomness.normal(sum(parameter.numel() for parameter in self.params))
+        place = 0
+        for parameter in self.params:
+            part = torch.from_numpy(noise[place : place + parameter.numel()]).view(parameter.shape)
+            place += parameter.numel()
+            noised = parameter.summed_grad.to("cpu", torch.float64) + deviation * part
+            if deviation:
+                noised = torch.round(noised / (deviation * GRID)) * (deviation * GRID)
+            parameter.grad = noised.to(parameter.device, parameter.dtype)
+
+
+def train_private(
+    model: nn.Module,
+    task: Task,
+    units: Sequence[Sequence[Example]],
+    section: TrainingSection,
+    mechanism: Mechanism,
+    randomness: SystemRandomness,
+    *,
+    first_step: int,
+    steps: int,
+    total_steps: int,
+    precision: str,
+) -> float:
+    """Take `steps` noised AdamW steps from the model's present adapter, in place; the seconds that they took.
+
+    `units` holds the examples of each privacy unit. Nothing about single steps comes back: their losses and sizes
+    are private. A step that samples no unit adds noise alone.
+
+    Raises:
+        PrivacyError: a check of the mechanism failed; the model may have been changed and must not be sent.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = torch.optim.AdamW(
+        parameters, lr=section.learning_rate, weight_decay=section.weight_decay, eps=section.adam_epsilon
+    )
+    optimizer = NoisedOptimizer(plain, mechanism, randomness)
+    model.train()
+    began = time.perf_counter()
+    with per_sample_gradients(model):
+        for step in range(first_step, first_step + steps):
+            for group in plain.param_groups:
+                group["lr"] = learning_rate(section, step, total_steps)
+            chosen = randomness.chosen(len(units), mechanism.sampling_rate)
+            sampled = [_capped(units[index], mechanism.records_per_unit, randomness) for index in chosen]
+            batches = list(_physical(sampled, section.micro_batch_size or section.batch_size)) or [[]]
+            for number, batch in enumerate(batches, start=1):
+                optimizer.zero_grad(set_to_none=True)
+                unit_gradients(model, task, batch, precision)
+                optimizer.signal_skip_step(number < len(batches))
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def unit_gradients(model: nn.Module, task: Task, units: Sequence[Sequence[Example]], precision: str) -> None:
+    """Leave the mean gradient of every unit's records in `grad_sample`, float32 (units, *shape), within the engine.
+
+    A unit whose gradient is not finite counts as zero: to stop would tell about it.
+
+    Raises:
+        PrivacyError: a parameter has no gradient for each record.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+    if not units:
+        for parameter in parameters.values():
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+        return
+    device = next(model.parameters()).device
+    owner = [place for place, unit in enumerate(units) for _ in unit]
+    examples = [example for unit in units for example in unit]
+    batch = task.collate(examples, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = model(**batch.inputs())
+    task.losses(output, batch).sum().backward()  # type: ignore[no-untyped-call]
+    for name, parameter in parameters.items():
+        found = getattr(parameter, "grad_sample", None)
+        if found is None or found.shape != (len(examples), *parameter.shape) or parameter.grad is not None:
+            shape = "none" if found is None else tuple(found.shape)
+            raise PrivacyError(
+                f"per-record gradients of {name} have shape {shape}, needed {(len(examples), *parameter.shape)};"
+                " nothing was released"
+            )
+    if len(units) < len(examples):
+        index = torch.tensor(owner, device=device)
+        share = torch.tensor([1 / len(units[place]) for place in owner], device=device)
+        for parameter in parameters.values():
+            grouped = parameter.new_zeros((len(units), *parameter.shape), dtype=torch.float32)
+            weighted = parameter.grad_sample * share.view(-1, *[1] * parameter.dim())  # type: ignore[attr-defined]
+            parameter.grad_sample = grouped.index_add_(0, index, weighted)  # type: ignore[attr-defined]
+    _drop_not_finite(list(parameters.values()))
+
+
+def _drop_not_finite(parameters: Sequence[Any]) -> None:
+    norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
+    broken = ~torch.isfinite(norms)
+    if bool(broken.any()):
+        for parameter in parameters:
+            parameter.grad_sample[broken] = 0.0
+
+
+def _capped(unit: Sequence[Example], most: int, randomness: SystemRandomness) -> list[Example]:
+    return [unit[index] for index in randomness.some_of(len(unit), most)]
+
+
+def _physical(units: Sequence[list[Example]], records: int) -> Iterator[list[list[Example]]]:
+    """Whole units in batches of at most `records` records, or of one unit; like lengths together, to pad little."""
+    batch: list[list[Example]] = []
+    count = 0
+    for unit in sorted(units, key=lambda unit: max(len(example.tokens) for example in unit)):
+        if batch and count + len(unit) > records:
+            yield batch
+            batch, count = [], 0
+        batch.append(unit)
+        count += len(unit)
+    if batch:
+        yield batch
+
+
+def clipped_sum(parameters: Sequence[Any], clip: float) -> list[np.ndarray]:
+    """The sum of the units' gradients in `grad_sample`, each bounded by `clip`: the slow, obvious way, for checks."""
+    gradients = [p.grad_sample.double() for p in parameters]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)
+    return [torch.einsum("u,u...->...", factors, g).cpu().numpy() for g in gradients]

@@ -1,0 +1,1 @@
+"""What privacy costs: accounting and calibration, without state."""
