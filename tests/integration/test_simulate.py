@@ -19,6 +19,7 @@ import tomli_w
 from peft import PeftModel
 from safetensors.numpy import load_file
 
+from client.ledger import Ledger
 from common.adapters import get_state
 from common.codec.state import AdapterState, state_digest
 from common.config.loading import load_manifest
@@ -368,6 +369,94 @@ def test_the_same_seed_gives_the_same_adapters(twice: list[Ended]) -> None:
     first, second = (ended.summary for ended in twice)
     assert [facts.validation for facts in first.rounds] == [facts.validation for facts in second.rounds]
     assert first.table == second.table
+
+
+# --- with privacy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def private(new_world: Callable[[], World], encoder: Path) -> dict[str, Ended]:
+    """A run with privacy, and two whose noise is known."""
+    world = new_world()
+    write_rows(world.folder / "train.jsonl", clauses("train", 52, SKEW))
+    write_rows(world.folder / "test.jsonl", clauses("test", 10, dict.fromkeys(SKEW, "abc")))
+    write_manifest(world.folder, encoder, simulation={"test": "test.jsonl"}, evaluation={"holdout": 0.1})
+    ended = {}
+    for name, setting in (("private", "clip=0.5"), ("known", "unsafe_seed=1"), ("again", "unsafe_seed=1")):
+        options = ["--set", "privacy.epsilon=3", "--set", f"privacy.{setting}", "--run-id", name]
+        process = world.start("simulate", "federation.toml", *options)
+        ended[name] = wait_for(process, world.folder / "runs" / name)
+    return ended
+
+
+@pytest.mark.slow
+def test_privacy_is_charged_to_every_site_and_told(private: dict[str, Ended]) -> None:
+    ended = private["private"]
+    assert ended.rc == 0, ended.err
+    facts = ended.summary.privacy
+    assert facts is not None
+    assert (facts.unit, facts.epsilon, facts.protects) == ("record", 3.0, True)
+    for number, site in enumerate(facts.sites, start=1):
+        assert 2.9 < site.epsilon <= 3.0
+        assert 0 < site.epsilon_prv < site.epsilon
+        assert (site.units, site.steps, site.sampling_rate) == (45, 3 * 4, 8 / 45)
+        entries = Ledger(ended.run / "ledgers" / str(number), simulated=True).entries()
+        assert [entry.charge.round for entry in entries] == [1, 2, 3]
+        assert all(entry.simulated and entry.charge.run_id == "private" for entry in entries)
+    sentence = "The released adapter is private: epsilon at most"
+    assert sentence in ended.out
+    assert sentence in (ended.run / "report.html").read_text()
+    assert SECRET not in ended.said_everywhere()
+    assert all(SECRET.encode() not in path.read_bytes() for path in ended.run.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_with_privacy_no_exact_figure_leaves_a_site(private: dict[str, Ended]) -> None:
+    summary = private["private"].summary
+    assert all(facts.train_loss is None and facts.validation == {} for facts in summary.rounds)
+    assert all(site.train_loss == [None] * 3 and not any(site.validation) for site in summary.sites)
+    assert [row.name for row in summary.table] == ["untuned", "federated"]
+    events = private["private"].run / "events.jsonl"
+    finished = [json.loads(line) for line in events.read_text().splitlines() if '"site_finished"' in line]
+    assert len(finished) == 9
+    assert all(event["train_loss"] is None and event["examples"] == 32 for event in finished)
+
+
+@pytest.mark.slow
+def test_a_known_noise_is_said_to_protect_nobody(private: dict[str, Ended]) -> None:
+    ended = private["known"]
+    assert ended.summary.privacy is not None
+    assert not ended.summary.privacy.protects
+    assert "The released adapter is not private: privacy.unsafe_seed makes its noise known." in ended.out
+    # The same noise is drawn again, and other noise where nobody knows it.
+    last = {name: stored_states(run.run)[-1] for name, run in private.items()}
+    assert state_digest(last["known"]) != state_digest(last["private"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("privacy.epsilon=0", "privacy.epsilon must be"),
+        ("privacy.epsilon=-1", "privacy.epsilon must be"),
+        ("privacy.delta=0.5", "privacy.delta must be above 0 and below 1 / 10 privacy units"),
+        ("training.batch_size=10", "training.batch_size must be below the 10 privacy units"),
+        ("privacy.unit=patient", "no column 'unit'"),
+        ("evaluation.select=best", "evaluation.select must be 'last' with privacy"),
+    ],
+)
+def test_bad_privacy_ends_in_one_line(
+    new_world: Callable[[], World], encoder: Path, setting: str, message: str
+) -> None:
+    world = new_world()
+    rows = clauses("train", 12, SKEW)
+    write_rows(world.folder / "train.jsonl", [{k: v for k, v in row.items() if k != "unit"} for row in rows])
+    write_manifest(world.folder, encoder, privacy={"epsilon": 8.0}, evaluation={"holdout": 0.0})
+    ended = wait_for(world.start("simulate", "federation.toml", "--set", setting), world.folder / "runs")
+    assert ended.rc in {1, 2}
+    assert message in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not (world.folder / "runs").exists()
 
 
 @pytest.mark.slow
