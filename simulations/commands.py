@@ -123,7 +123,7 @@ def check(manifest: ManifestPath, data: DataFolder = None, overrides: Overrides 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation.")],
+    name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation or dp-step.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     sites: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,

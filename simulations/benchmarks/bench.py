@@ -7,11 +7,12 @@ import platform
 import torch
 
 from common.errors import RunError
+from simulations.benchmarks.dp_step import measure_dp_step
 from simulations.benchmarks.simulation import measure_simulation
 
 __all__ = ["print_bench"]
 
-BENCHMARKS = {"simulation": measure_simulation}
+BENCHMARKS = ("dp-step", "simulation")
 
 
 def print_bench(name: str, *, as_json: bool, sites: int, rounds: int) -> None:
@@ -22,7 +23,7 @@ def print_bench(name: str, *, as_json: bool, sites: int, rounds: int) -> None:
     """
     if name not in BENCHMARKS:
         raise RunError(f"no benchmark {name!r}; there is {', '.join(BENCHMARKS)}")
-    figures = BENCHMARKS[name](sites=sites, rounds=rounds)
+    figures = measure_dp_step() if name == "dp-step" else measure_simulation(sites=sites, rounds=rounds)
     machine = {
         "cores": os.cpu_count(),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
