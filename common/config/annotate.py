@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import tomli_w
 
-from common.config.manifest import Commit, ImportPath, Manifest, Name, Sha256
+from common.config.manifest import Commit, ImportPath, Manifest, Name, Section, Sha256
 
 __all__ = ["KnownKey", "annotated", "known_keys", "shown"]
 
@@ -56,9 +56,9 @@ class KnownKey:
 
 
 @cache
-def known_keys() -> Mapping[str, KnownKey]:
-    """Every key of the manifest by its dotted name, in the order of a file: a table, its keys, then its tables."""
-    schema = Manifest.model_json_schema()
+def known_keys(document: type[Section] = Manifest) -> Mapping[str, KnownKey]:
+    """Every key of a document by its dotted name, in the order of a file: a table, its keys, then its tables."""
+    schema = document.model_json_schema()
     return MappingProxyType(dict(_keys_below("", schema, schema["$defs"])))
 
 

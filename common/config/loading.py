@@ -9,20 +9,21 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from common.config.annotate import known_keys, shown
-from common.config.manifest import DEFAULT_BASE, Manifest
+from common.config.annotate import KnownKey, known_keys, shown
+from common.config.manifest import DEFAULT_BASE, Manifest, Section
 from common.errors import ManifestError
 
-__all__ = ["load_manifest"]
+__all__ = ["load_document", "load_manifest"]
 
+Document = TypeVar("Document", bound=Section)
 Key = tuple[str, ...]
 
 BASE: Key = ("model", "base")
@@ -62,9 +63,7 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> Manifest:
     Raises:
         ManifestError: with every problem, one line each: the file cannot be read, is not TOML, or breaks a rule.
     """
-    text = _read(path)
-    data = _parse(text, path.name)
-    places = _Places(path.name, {key: f"{path.name}:{line}" for key, line in _lines_of_keys(text).items()})
+    data, places = _opened(path, Manifest, "`coadapt init` writes a manifest")
     _resolve_base(data, path.parent)
     base_of_the_file = _get(data, BASE, DEFAULT_BASE)
     problems: list[str] = []
@@ -74,20 +73,41 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> Manifest:
         _resolve_base(data, Path.cwd())
     if _get(data, BASE, DEFAULT_BASE) != base_of_the_file:
         _drop_pins_of_the_old_base(data, places)
+    return _validated(Manifest, data, places, problems)
+
+
+def load_document(path: Path, document: type[Document], *, advice: str) -> Document:
+    """Read and check a TOML file of another kind than a manifest; `advice` says what to do where there is none.
+
+    Raises:
+        ManifestError: with every problem, one line each.
+    """
+    data, places = _opened(path, document, advice)
+    return _validated(document, data, places, [])
+
+
+def _opened(path: Path, document: type[Section], advice: str) -> tuple[dict[str, Any], "_Places"]:
+    text = _read(path, advice)
+    written = {key: f"{path.name}:{line}" for key, line in _lines_of_keys(text).items()}
+    return _parse(text, path.name), _Places(path.name, known_keys(document), written)
+
+
+def _validated(document: type[Document], data: dict[str, Any], places: "_Places", problems: list[str]) -> Document:
     try:
-        manifest = Manifest.model_validate_json(json.dumps(data))
+        valid = document.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise ManifestError([*problems, *_problems(error.errors(include_url=False), places)]) from error
     if problems:
         raise ManifestError(problems)
-    return manifest
+    return valid
 
 
 @dataclass
 class _Places:
-    """Where each key was written: `file:line`, or the `--set` that gave it."""
+    """Where each key was written: `file:line`, or the `--set` that gave it; and which keys there may be."""
 
     file: str
+    known: Mapping[str, KnownKey]
     written: dict[Key, str]
     overridden: set[Key] = field(default_factory=set)
 
@@ -106,15 +126,15 @@ class _Places:
         return next((self.written[one] for one in above[:1] + below + above if one in self.written), self.file)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, advice: str) -> str:
     try:
         # Some editors put a byte order mark before UTF-8; TOML has none.
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError as error:
-        problem = f"{path}: no such file; `coadapt init` writes a manifest"
+        problem = f"{path}: no such file; {advice}"
         raise ManifestError([problem]) from error
     except IsADirectoryError as error:
-        problem = f"{path}: is a directory; name the manifest in it, such as federation.toml"
+        problem = f"{path}: is a directory; name the file in it, such as federation.toml"
         raise ManifestError([problem]) from error
     except OSError as error:
         raise ManifestError([f"{path}: cannot be read: {error.strerror or error}"]) from error
@@ -241,15 +261,15 @@ def _problems(errors: list[ErrorDetails], places: _Places) -> list[str]:
     for error in errors:
         key = tuple(piece for piece in error["loc"] if isinstance(piece, str))
         if error["type"] == "extra_forbidden":
-            lines.append(f"{places.of(key)}: {_dotted(key)} is not a known key; {_nearest(key)}")
+            lines.append(f"{places.of(key)}: {_dotted(key)} is not a known key; {_nearest(key, places.known)}")
         elif error["type"] == "missing":
-            lines += [f"{places.of(key)}: {problem}" for problem in _missing(".".join(key))]
+            lines += [f"{places.of(key)}: {problem}" for problem in _missing(".".join(key), places.known)]
         elif error["type"] == "value_error":
-            named, problem = _broken_rule(key, str(error["ctx"]["error"]))
+            named, problem = _broken_rule(key, str(error["ctx"]["error"]), places.known)
             lines.append(f"{places.of(named)}: {problem}")
         else:
             # Each kind of value that a key may have reports for itself; the one that got furthest tells most.
-            name = next((one for end in range(len(key), 0, -1) if (one := ".".join(key[:end])) in known_keys()), "")
+            name = next((one for end in range(len(key), 0, -1) if (one := ".".join(key[:end])) in places.known), "")
             if name not in wrong_values or len(error["loc"]) > len(wrong_values[name]["loc"]):
                 wrong_values[name] = error
     for name, error in wrong_values.items():
@@ -258,31 +278,30 @@ def _problems(errors: list[ErrorDetails], places: _Places) -> list[str]:
             continue
         index = next((piece for piece in error["loc"] if isinstance(piece, int)), None)
         found = shown(error["input"]) + ("" if index is None else f" as item {index + 1}")
-        lines.append(f"{places.of(tuple(name.split('.')))}: {name} must be {known_keys()[name].rule}, found {found}")
+        lines.append(f"{places.of(tuple(name.split('.')))}: {name} must be {places.known[name].rule}, found {found}")
     return lines
 
 
-def _missing(name: str) -> list[str]:
+def _missing(name: str, known: Mapping[str, KnownKey]) -> list[str]:
     """A problem for the key, or for each key that a missing table must hold."""
-    known = known_keys()
     within = [one for one, key in known.items() if one.startswith(f"{name}.") and key.required]
     return [f"{one} is missing: {known[one].description}; it must be {known[one].rule}" for one in within or [name]]
 
 
-def _broken_rule(table: Key, text: str) -> tuple[Key, str]:
+def _broken_rule(table: Key, text: str, known: Mapping[str, KnownKey]) -> tuple[Key, str]:
     """The key that a validator's own `text` begins with, else the table it checked; and the text with its full name."""
     prefix = ".".join(table)
     if named := re.match(r"([\w.]+)(?= must |: )", text):
         name = f"{prefix}.{named[1]}" if prefix else named[1]
-        if name in known_keys():
+        if name in known:
             return tuple(name.split(".")), f"{name}{text[named.end() :]}"
     return table, f"{prefix}: {text}" if prefix else text
 
 
-def _nearest(key: Key) -> str:
+def _nearest(key: Key, keys: Mapping[str, KnownKey]) -> str:
     """What an unknown `key` may have meant: its name in another table, else one like it beside it, else elsewhere."""
     table, name = ".".join(key[:-1]), key[-1]
-    names = {known: known.rpartition(".")[2] for known in known_keys()}
+    names = {known: known.rpartition(".")[2] for known in keys}
     beside = [known for known in names if known.rpartition(".")[0] == table]
     like_beside = difflib.get_close_matches(name, [names[known] for known in beside], n=1)
     like = difflib.get_close_matches(name, names.values(), n=1, cutoff=0.75)

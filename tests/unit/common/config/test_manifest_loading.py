@@ -281,7 +281,7 @@ class TestUnreadable:
             load_manifest(tmp_path / "federation.toml")
 
     def test_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(ManifestError, match="is a directory; name the manifest in it"):
+        with pytest.raises(ManifestError, match="is a directory; name the file in it"):
             load_manifest(tmp_path)
 
     def test_through_a_file(self, tmp_path: Path) -> None:
