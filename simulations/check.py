@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from client.protection import mechanism
 from client.resident import Resident, resident
 from common.adapters import first_state
 from common.codec.state import state_digest
@@ -14,7 +15,7 @@ from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.messages import Envelope, Evaluate, encode
 from simulations.engine import WORKER_BYTES, find_metrics, pinned, plan_workers
-from simulations.sites import label_counts, read_federation
+from simulations.sites import FederationData, label_counts, populations, read_federation
 from simulations.wording import count_text, size_text
 
 __all__ = ["print_check", "training_bytes"]
@@ -52,6 +53,8 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     ]
     if sites is not None:
         rows.append(("bytes of the run", f"{size_text(2 * envelope * sites * section.rounds)} for {sites} sites"))
+    if federation and manifest.privacy is not None:
+        rows.append(("privacy", _privacy(manifest, federation)))
     memory = training_bytes(manifest, model)
     rows.append(("memory", f"about {size_text(memory + WORKER_BYTES)} for a site that trains (an estimate)"))
     if federation and manifest.simulation:
@@ -63,6 +66,17 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     if federation:
         console.print()
         console.print(_site_table(manifest, federation.train, federation.held_out, len(federation.test)))
+
+
+def _privacy(manifest: Manifest, federation: FederationData) -> str:
+    """What the noise will be; a PrivacyError where a site could not give the privacy that is asked for."""
+    if manifest.privacy is None:
+        return "none"
+    noise = [mechanism(manifest, each).noise_multiplier for each in populations(manifest, federation).values()]
+    return (
+        f"epsilon {manifest.privacy.epsilon:g} at delta {manifest.privacy.delta:g} for each {manifest.privacy.unit} and"
+        f" site; noise over clip {min(noise):.2f} to {max(noise):.2f}"
+    )
 
 
 def _site_table(manifest: Manifest, train, held_out, test: int) -> Table:  # type: ignore[no-untyped-def]

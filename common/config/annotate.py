@@ -23,6 +23,9 @@ What all sides of this federation agree on; every side must hold the same.
 A key that is left out has its default. An optional key without a value is written behind a '#':
 take the '#' away and put the value in to set it."""
 
+# A table that is no part of what sides agree on need not be shown where there is none.
+LEFT_OUT = frozenset({"simulation"})
+
 _PATTERN_IN_WORDS = {
     get_args(kind)[1].pattern: words
     for kind, words in (
@@ -71,8 +74,8 @@ def shown(value: object) -> str:
 def annotated(manifest: Manifest) -> str:
     """The TOML text of `manifest`, every key under a comment with its meaning, rule and default.
 
-    `load_manifest` of the text gives an equal manifest. Keys without a value stand behind a '#';
-    the `simulation` table is left out where the manifest has none.
+    `load_manifest` of the text gives an equal manifest. Keys without a value stand behind a '#', and so does a whole
+    table that the manifest has not; the `simulation` table is left out then.
     """
     dumped = manifest.model_dump(mode="json")
     lines = _comment(HEADER)
@@ -81,9 +84,15 @@ def annotated(manifest: Manifest) -> str:
         table: Any = dumped
         for step in tables:
             table = table[step] if table is not None else None
-        if table is None or (key.is_table and table[name] is None):
+        absent = table is None or (key.is_table and table[name] is None)
+        if absent and dotted.split(".")[0] in LEFT_OUT:
             continue
-        if key.is_table:
+        if absent and key.is_table:
+            lines += ["", "", *_comment(key.description), f"# [{dotted}]"]
+        elif absent:
+            value = key.placeholder if key.default is None else _toml(key.default)
+            lines += ["", *_explanation(key), f"# {name} = {value}"]
+        elif key.is_table:
             lines += ["", "", *_comment(key.description), f"[{dotted}]"]
         elif table[name] is None:
             lines += ["", *_explanation(key), f"# {name} = {key.placeholder}"]

@@ -9,11 +9,13 @@ import pytest
 import tomli_w
 from rich.console import Console
 
+from client.protection import published
 from common.adapters import first_state
 from common.codec.state import state_digest
 from common.config.loading import load_manifest
-from common.errors import DataError, ExtensionError, ManifestError, ModelError
+from common.errors import DataError, ExtensionError, ManifestError, ModelError, PrivacyError
 from common.messages import Envelope, RoundDone, RoundStart, decode, encode
+from common.privacy.accounting import calibrate
 from simulations.check import print_check, training_bytes
 from simulations.engine import pinned
 from simulations.live import size_text
@@ -88,6 +90,22 @@ def test_it_says_what_would_happen(manifest_file: Callable[..., Path]) -> None:
     assert sum(counted) == 54
     assert [row[2:] for row in rows.values()] == [["2", "of", "3"]] * 2
     assert "6 test records" in text
+
+
+def test_it_says_how_much_noise_privacy_needs(manifest_file: Callable[..., Path]) -> None:
+    path = manifest_file(privacy={"epsilon": 3.0, "delta": 1e-3})
+    text = said_by(path)
+    said = facts_in(text)["privacy"]
+    found = re.fullmatch(
+        r"epsilon 3 at delta 0.001 for each record and site; noise over clip (\d+\.\d\d) to (\d+\.\d\d)", said
+    )
+    assert found is not None
+    counts = [int(line.split()[1]) for line in text.splitlines() if re.match(r"(north|south)\s", line)]
+    noise = [calibrate(3.0, 1e-3, sampling_rate=2 / published(count), steps=20) for count in counts]
+    assert [float(found[1]), float(found[2])] == pytest.approx(sorted(noise), abs=0.006)
+    assert "privacy" not in facts_in(said_by(manifest_file()))
+    with pytest.raises(PrivacyError, match=r"below 1 / \d+ privacy units"):
+        said_by(manifest_file(privacy={"epsilon": 3.0, "delta": 0.2}))
 
 
 def test_the_trainable_parameters_are_the_true_number(manifest_file: Callable[..., Path]) -> None:

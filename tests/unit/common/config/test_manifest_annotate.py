@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from common.config.annotate import annotated, known_keys, shown
 from common.config.loading import load_manifest
-from common.config.manifest import DEFAULT_BASE, METRICS, Manifest
+from common.config.manifest import DEFAULT_BASE, METRICS, Manifest, PrivacySection
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 DIGEST = st.none() | st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -73,6 +73,10 @@ def manifests(draw: st.DrawFn) -> Manifest:
             gradient_checkpointing=st.booleans(),
             seed=SEED,
         ).map(lambda fields: fields | {"batch_size": batch * parts}),
+        "privacy": st.none()
+        | some(delta=FRACTION.filter(bool), clip=POSITIVE, unit=TEXT.filter(bool)).map(
+            lambda fields: fields | {"epsilon": 3.0}
+        ),
         "evaluation": some(
             metrics=st.lists(st.sampled_from([*METRICS[task["kind"]], "own.module:metric"])).map(tuple),
             holdout=FRACTION,
@@ -120,6 +124,21 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         found |= {prefix + name: field} | (fields_of(inner[0], f"{prefix}{name}.") if inner else {})
     return found
+
+
+def test_a_table_that_is_not_there_stands_behind_marks_and_can_be_taken_out_of_them(tmp_path: Path) -> None:
+    text = annotated(example())
+    assert load_private(tmp_path, text) is None
+    head, mark, block = text.partition("# [privacy]\n")
+    block, end, tail = block.partition("\n\n\n")
+    block = re.sub(r"^# (\w+ = )", r"\1", mark.removeprefix("# ") + block, flags=re.MULTILINE)
+    block = re.sub(r"^unsafe_seed = .*$", "", block, flags=re.MULTILINE).replace("epsilon = 0", "epsilon = 8")
+    assert load_private(tmp_path, head + block + end + tail) == PrivacySection(epsilon=8.0)
+
+
+def load_private(folder: Path, text: str) -> PrivacySection | None:
+    (folder / "federation.toml").write_text(text)
+    return load_manifest(folder / "federation.toml").privacy
 
 
 def test_every_field_is_known_and_explained_right_above_it() -> None:
