@@ -61,8 +61,15 @@ def simulate(
         bool | None,
         typer.Option("--baselines/--no-baselines", help="Also train each site alone and all records in one place."),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=V1,V2,...", help="Run once for each value of a setting and draw what comes of it."),
+    ] = None,
 ) -> None:
     """Simulate a whole federation on this machine, from raw files to a report."""
+    if sweep is not None:
+        _sweep(manifest, sweep, data, runs, run_id, overrides or [], baselines)
+        return
     from simulations.engine import simulate as run
     from simulations.live import LiveView, print_table
     from simulations.report import main_result, privacy_result
@@ -81,6 +88,43 @@ def simulate(
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     if summary.status == "interrupted":
         console.print(f"stopped by you; what was finished lies in {folder}", highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _sweep(
+    manifest: Path,
+    text: str,
+    data: Path | None,
+    runs: Path,
+    run_id: str | None,
+    overrides: list[str],
+    baselines: bool | None,
+) -> None:
+    from simulations.live import LiveView
+    from simulations.sweep import parse_sweep, run_sweep
+    from simulations.wording import figure_text
+
+    sweep = parse_sweep(text)
+    console = Console()
+    with LiveView(console) as view:
+        summary, folder = run_sweep(
+            manifest,
+            sweep,
+            data=data,
+            runs=runs,
+            run_id=run_id,
+            overrides=overrides,
+            baselines=False if baselines is None else baselines,
+            view=view,
+        )
+    for point in summary.points:
+        figures = "  ".join(f"{name} {figure_text(point.figures.get(name))}" for name in summary.metrics)
+        console.print(f"{summary.key} {point.value}:  {figures}", highlight=False, soft_wrap=True)
+    if summary.epsilon_of_all is not None:
+        paid = f"a site that really tried all of this would have paid epsilon {figure_text(summary.epsilon_of_all)}"
+        console.print(paid, highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'sweep.html'}", highlight=False, soft_wrap=True)
+    if summary.points[-1].status == "interrupted":
         raise typer.Exit(INTERRUPTED)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "site_losses",
     "site_validation",
     "time_parts",
+    "trade_off",
     "traffic",
 ]
 
@@ -116,6 +117,21 @@ def loss_curves(rounds: Sequence[RoundFacts], selected: int) -> Drawing | None:
         axes.legend()
     said = [f"{name} loss {_course(values)}" for name, values in curves.items() if _any_finite(values)]
     return Drawing(canvas.svg, f"Lines over the rounds: {'; '.join(said)}.")
+
+
+def trade_off(names: Sequence[str], values: Sequence[float | None], *, key: str, metric: str) -> Drawing | None:
+    """A metric at each value of a setting, in the order given and evenly spaced: the last may be infinite."""
+    heights = [_finite(value) for value in values]
+    if not _any_finite(heights):
+        return None
+    with _canvas("trade-off") as canvas:
+        axes = canvas.axes(WIDTH, 2.9)
+        axes.plot(range(len(names)), heights, "o-", color=BLUE)
+        axes.set_xticks(range(len(names)), [shorten(name, 10) for name in names])
+        axes.set_xlabel(key)
+        axes.set_ylabel(metric_title(metric))
+    said = ", ".join(f"{figure_text(value)} at {name}" for name, value in zip(names, values, strict=True))
+    return Drawing(canvas.svg, f"{metric_title(metric)} by {key}: {said}.")
 
 
 def metric_curve(rounds: Sequence[RoundFacts], metric: str, selected: int) -> Drawing | None:

@@ -6,6 +6,7 @@ and the words for it in `annotate.py`.
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -73,6 +74,8 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> Manifest:
         _resolve_base(data, Path.cwd())
     if _get(data, BASE, DEFAULT_BASE) != base_of_the_file:
         _drop_pins_of_the_old_base(data, places)
+    if _get(data, ("privacy", "epsilon")) == math.inf:  # no bound is no privacy
+        del data["privacy"]
     return _validated(Manifest, data, places, problems)
 
 

@@ -220,7 +220,12 @@ class TrainingSection(Section):
 class PrivacySection(Section):
     """Differential privacy of every unit at its site, for the whole run; without this table there is none."""
 
-    epsilon: float = Field(gt=0, le=1e6, description="most that all rounds together may cost a privacy unit at a site")
+    epsilon: float = Field(
+        gt=0,
+        le=1e6,
+        description="most that all rounds together may cost a privacy unit at a site; inf: as if this table were not"
+        " there",
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="chance that the bound fails; below 1 / units at every site")
     unit: str = Field(
         "record",

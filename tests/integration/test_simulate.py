@@ -423,6 +423,24 @@ def test_with_privacy_no_exact_figure_leaves_a_site(private: dict[str, Ended]) -
 
 
 @pytest.mark.slow
+def test_a_sweep_draws_the_price_of_privacy(new_world: Callable[[], World], encoder: Path) -> None:
+    world = new_world()
+    write_rows(world.folder / "train.jsonl", clauses("train", 30, SKEW))
+    write_manifest(world.folder, encoder, training={"rounds": 1}, evaluation={"holdout": 0.0})
+    command = ["simulate", "federation.toml", "--sweep", "privacy.epsilon=2,inf", "--run-id", "swept"]
+    ended = wait_for(world.start(*command), world.folder / "runs" / "swept")
+    assert ended.rc == 0, ended.err
+    points = json.loads((ended.run / "sweep.json").read_text())["points"]
+    assert [point["value"] for point in points] == ["2", "inf"]
+    assert 1.9 < points[0]["epsilon"] <= 2.0
+    assert points[1]["epsilon"] is None
+    assert all(0 <= point["figures"]["accuracy"] <= 1 for point in points)
+    assert (ended.run / points[0]["run"] / "ledgers" / "1" / "ledger.sqlite").exists()
+    assert not (ended.run / points[1]["run"] / "ledgers").exists()
+    assert "<svg" in (ended.run / "sweep.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_known_noise_is_said_to_protect_nobody(private: dict[str, Ended]) -> None:
     ended = private["known"]
     assert ended.summary.privacy is not None
