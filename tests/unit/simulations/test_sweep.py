@@ -74,7 +74,7 @@ def test_every_value_is_a_run_beside_one_table_and_one_page(tmp_path: Path, runs
     assert json.loads((folder / "sweep.json").read_text())["points"][1]["value"] == "8"
     page = (folder / "sweep.html").read_text()
     assert "<svg" in page
-    assert re.findall(r'href="([^"]+)"', page) == [f"privacy.epsilon-{v}/report.html" for v in ("1", "8", "inf")]
+    assert re.findall(r'<a href="([^"]+)"', page) == [f"privacy.epsilon-{v}/report.html" for v in ("1", "8", "inf")]
     assert "A site that really tried all of them would have paid" in page
     assert "http" not in re.sub(r'xmlns[^"]*"[^"]*"|http://www.w3.org[^"<]*', "", page)
 
