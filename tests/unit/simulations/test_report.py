@@ -9,8 +9,8 @@ import pytest
 from summary_samples import sample, table
 
 from simulations import plots
-from simulations.report import main_result, render, write_report
-from simulations.summary import Failure, RunSummary
+from simulations.report import main_result, privacy_result, render, write_report
+from simulations.summary import Failure, PrivacyFacts, RunSummary, SitePrivacy
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = ["comparison", "learning", "sites", "labels", "cost", "data", "failures", "setting"]
@@ -302,3 +302,47 @@ def test_a_site_is_shown_at_the_selected_round_or_the_last_known() -> None:
     gone = site.model_copy(update={"validation": [*site.validation[:2], None, None]})
     assert plots.site_validation(gone, 3) == site.validation[1]
     assert plots.site_validation(gone.model_copy(update={"validation": []}), 3) is None
+
+
+def private_facts(*, protects: bool = True) -> PrivacyFacts:
+    sites = [
+        SitePrivacy(
+            name=f"<b>site {number}</b>",
+            units=1100,
+            noise_multiplier=0.873,
+            sampling_rate=0.0145,
+            steps=160,
+            epsilon=7.25 + number / 4,
+            epsilon_prv=6.5,
+        )
+        for number in (1, 2)
+    ]
+    return PrivacyFacts(unit="patient", epsilon=8.0, delta=1e-5, clip=1.0, protects=protects, sites=sites)
+
+
+def test_the_first_line_says_whether_the_adapter_is_private() -> None:
+    assert privacy_result(sample()) == "The released adapter is not private: it may give single records away."
+    said = "The released adapter is private: epsilon at most 7.750 at delta 1e-05 for each patient and site, over all"
+    private = sample(privacy=private_facts())
+    assert privacy_result(private).startswith(said)
+    for summary in (sample(), private, sample(privacy=private_facts(protects=False))):
+        page = render(summary)
+        header = page.split("<header>")[1].split("</header>")[0]
+        assert privacy_result(summary) in header
+        assert header.index(privacy_result(summary)) < header.index('class="result"')
+
+
+def test_known_noise_is_a_warning() -> None:
+    page = render(sample(privacy=private_facts(protects=False)))
+    assert '<p class="callout">The released adapter is not private: privacy.unsafe_seed' in page
+    assert '<p class="callout">The released adapter' not in render(sample(privacy=private_facts()))
+
+
+def test_what_each_site_paid_is_in_the_page_and_names_are_escaped() -> None:
+    page = render(sample(privacy=private_facts()))
+    section = page.split('<section id="privacy"')[1].split("</section>")[0]
+    assert "Protected is each patient at each site" in section
+    for text in ("&lt;b&gt;site 1&lt;/b&gt;", "1,100", "7.500", "7.750", "0.873", "160", "1.0e-05"):
+        assert text in section
+    assert "<b>" not in section
+    assert '<section id="privacy"' not in render(sample())
