@@ -63,6 +63,9 @@ WORKER_BYTES = 1_500_000_000
 # How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
 NODES_SECONDS = 30.0
 
+# How often answers are looked for. In one process that costs nothing, and workers wait at the end of a round.
+POLL_SECONDS = 0.01
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -353,7 +356,7 @@ class Run:
             for name, job in jobs.items()
         }
         spread = {name: nodes[index % len(nodes)] for index, name in enumerate(jobs)}
-        return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight)
+        return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight, poll_seconds=POLL_SECONDS)
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Flower's nodes. It starts the rounds before it has made them all, so they are waited for."""

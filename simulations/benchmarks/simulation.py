@@ -98,7 +98,7 @@ def _manifest(sites: int, rounds: int) -> Manifest:
         "name": "bench",
         "task": {"kind": "text-classification", "labels": list(LABELS)},
         "data": {"max_length": 96},
-        "training": {"rounds": rounds, "local_steps": 2, "batch_size": 8},
+        "training": {"rounds": rounds, "local_steps": 1, "batch_size": 8},
         "evaluation": {"holdout": 0.0},
         "simulation": {"sites": sites, "source": "simulations.benchmarks.simulation:clauses", "test_fraction": 0.0},
     }
