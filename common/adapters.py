@@ -36,6 +36,7 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "set_state",
+    "trained_parameters",
 ]
 
 # Linear layers that are no part of the residual network: the head of a task and the output embedding.
@@ -91,7 +92,7 @@ def get_state(model: PeftModel) -> AdapterState:
     """A copy of the adapter and head, by PEFT's names in sorted order."""
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
-        for name, parameter in _parameters(model).items()
+        for name, parameter in trained_parameters(model).items()
     }
 
 
@@ -101,7 +102,7 @@ def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) ->
     Raises:
         AdapterError: a tensor is missing, unknown or of another shape.
     """
-    parameters = _parameters(model)
+    parameters = trained_parameters(model)
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     found = {name: tuple(array.shape) for name, array in state.items()}
     if expected != found:
@@ -115,7 +116,7 @@ def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) ->
             parameter.copy_(torch.from_numpy(np.array(state[name])))  # a copy: it may be read-only
 
 
-def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """The parameters of adapter and head by PEFT's names, sorted; PEFT takes its time, so it is asked once a model."""
     if model not in _named:
         by_place = {parameter.data_ptr(): parameter for parameter in model.parameters()}

@@ -64,7 +64,7 @@ WORKER_BYTES = 1_500_000_000
 NODES_SECONDS = 30.0
 
 # How often answers are looked for. In one process that costs nothing, and workers wait at the end of a round.
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
