@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
@@ -23,7 +22,7 @@ from common.errors import PrivacyError
 from common.randomness import SystemRandomness
 from common.tasks.task import Example, Task
 
-__all__ = ["NoisedOptimizer", "clipped_sum", "train_private", "unit_gradients"]
+__all__ = ["NoisedOptimizer", "train_private", "unit_gradients"]
 
 # Noised sums are rounded to multiples of the noise's deviation times this power of two. The grid is far coarser than
 # the spacing of float64 in which sum and noise are added, so the low bits, which can betray the sum, are gone.
@@ -165,11 +164,3 @@ def _physical(units: Sequence[list[Example]], records: int) -> Iterator[list[lis
         count += len(unit)
     if batch:
         yield batch
-
-
-def clipped_sum(parameters: Sequence[Any], clip: float) -> list[np.ndarray]:
-    """The sum of the units' gradients in `grad_sample`, each bounded by `clip`: the slow, obvious way, for checks."""
-    gradients = [p.grad_sample.double() for p in parameters]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)
-    return [torch.einsum("u,u...->...", factors, g).cpu().numpy() for g in gradients]

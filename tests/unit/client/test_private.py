@@ -13,7 +13,7 @@ from client.resident import Resident, resident
 from client.training.loop import learning_rate
 from client.training.per_sample import per_sample_gradients
 from client.training.preflight import check_gradients, check_moved, check_randomness
-from client.training.private import clipped_sum, train_private, unit_gradients
+from client.training.private import train_private, unit_gradients
 from common.adapters import get_state, set_state
 from common.codec.state import AdapterState
 from common.config.manifest import Manifest, TrainingSection
@@ -166,8 +166,10 @@ def test_noise_and_samples_are_new_in_every_run_without_a_seed(ready: Resident) 
 def sums(ready: Resident, units: Any, clip: float) -> np.ndarray:
     with per_sample_gradients(ready.model):
         unit_gradients(ready.model, ready.task, units, "fp32")
-        parameters = [p for p in ready.model.parameters() if p.requires_grad]
-        return np.concatenate([part.ravel() for part in clipped_sum(parameters, clip)])
+        gradients: list[Any] = [p.grad_sample.double() for p in ready.model.parameters() if p.requires_grad]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)
+    return torch.cat([torch.einsum("u,u...->...", factors, g).ravel() for g in gradients]).numpy()
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.1, 100.0])
