@@ -1,4 +1,4 @@
-"""Token classification: a BIO tag for each word, read and scored at the word's first piece."""
+"""Token classification: an IOB2 tag for each word, read and scored at the word's first piece."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common.config.manifest import Manifest
 from common.metrics import Counts, add, entity_counts
 from common.records import Record, TokensRecord
+from common.tasks.iob2 import decode
 from common.tasks.task import IGNORED, Batch, Encoded, Example, Predictions, first_windows, pad, padded_inputs
 
 __all__ = ["TokenClassification"]
@@ -25,6 +26,7 @@ class TokenClassification:
         self._tags = manifest.task.tags
         self._index = {tag: index for index, tag in enumerate(self._tags)}
         self._longest = manifest.data.max_length
+        self._cut_off = np.where(np.array(self._tags) == "O", 0.0, -np.inf)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         """Words as token ids with a tag index at each word's first piece."""
@@ -66,12 +68,13 @@ class TokenClassification:
         return add(entity_counts(said.predicted, said.expected), loss)
 
     def predictions(self, output: Any, batch: Batch) -> Predictions:
-        """A list of tags for each sentence, as long as its words."""
-        best = output.logits.argmax(dim=-1).cpu().numpy()
-        predicted = [
-            [self._tags[row[position]] if position >= 0 else "O" for position in cast(Any, example.positions)]
-            for row, example in zip(best, batch.examples, strict=True)
-        ]
+        """The likeliest valid tags of each sentence, as many as its words; words that were cut off are O."""
+        logits = output.logits.float().cpu().numpy()
+        predicted = []
+        for row, example in zip(logits, batch.examples, strict=True):
+            first = cast(Any, example.positions)
+            scores = np.where(first[:, None] >= 0, row[first], self._cut_off)
+            predicted.append(decode(scores, self._tags))
         return Predictions(predicted, [list(example.reference) for example in batch.examples])
 
 
