@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from torch import nn
 
 from common.adapters import attach
 from common.config.manifest import Manifest
@@ -20,7 +20,7 @@ class Resident:
     """A base with an adapter attached, on its device, and the task that goes with it. One training at a time."""
 
     base: Base
-    model: PeftModel
+    model: nn.Module
     task: Task
     device: torch.device
     precision: str
@@ -49,5 +49,5 @@ def _load(manifest: Manifest) -> Resident:
         # Non-reentrant: it needs no gradient at the input, which a frozen embedding does not give.
         options = {"use_reentrant": False}
         cast(Any, getattr(model, "encoder", model)).activation_checkpointing_enable(options)
-    adapted = cast(PeftModel, attach(model.to(device), manifest.adapter).to(device))
+    adapted = attach(model.to(device), manifest.adapter).to(device)
     return Resident(base, adapted, task, device, precision(manifest.training.precision, device))

@@ -11,7 +11,7 @@ from client.state import SiteState
 from client.training.loop import train
 from client.training.preflight import check_gradients, check_moved, check_randomness
 from client.training.private import train_private
-from common.adapters import get_state, set_state
+from common.adapters import get_state, set_state, train_head_alone
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.errors import MessageError
@@ -63,6 +63,7 @@ def train_round(
     # 2. Measure the adapter as it arrived, on records that are never trained on.
     set_state(resident.model, envelope.tensors)
     counts = _counts(manifest, site, resident) if start.evaluate else {}
+    train_head_alone(resident.model, start.round <= section.head_rounds)
     # 3. Train the agreed number of steps, going on in the site's records where the last round ended.
     seed_dropout(section.seed, site.name, start.round)
     outcome = train(
@@ -109,11 +110,12 @@ def _train_privately(
     section = manifest.training
     # 2. The cost is on the disk before training begins, whatever happens then.
     protection.charge(start.run_id, start.round, site.units)
-    # 3. Train the agreed number of noised steps; before the first round what the guarantee rests on is checked.
+    # 3. Train the agreed number of noised steps; before the first ones what the guarantee rests on is checked.
     set_state(resident.model, envelope.tensors)
+    train_head_alone(resident.model, start.round <= section.head_rounds)
     units = list(site.units.values())
     randomness = protection.randomness(site.name, start.run_id, start.round)
-    if state.last_round == 0:
+    if state.last_round in (0, section.head_rounds):  # what trains is new
         check_randomness(protection.mechanism, randomness, len(units))
         check_gradients(resident.model, resident.task, units, resident.precision)
     seed_dropout(section.seed, site.name, start.round)

@@ -1,94 +1,58 @@
-"""Low-rank adapters through PEFT: attached to a task model, read, swapped and stored.
+"""Adapters: attached to a task model, read, swapped and stored.
 
-An adapter's *state* is a dictionary from PEFT's own tensor names to float32 arrays; the task's head is part of it.
-States are what sites train, send and receive; their order is the sorted order of the names.
+An adapter's *state* is a dictionary from tensor names to float32 arrays; the task's head is part of it. The names are
+PEFT's own where PEFT has a file format for the method, else the places in the task model. States are what sites train,
+send and receive; their order is the sorted order of the names.
 """
 
 import json
 import math
-import warnings
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as safetensors_bytes
 from torch import nn
 
+from common.adapter_methods import Prompted, add_adapter
 from common.codec.state import AdapterState
 from common.config.manifest import AdapterSection, Manifest
 from common.errors import AdapterError, ModelError
-from common.models import Base, head_name, load_task_model
+from common.models import Base, load_task_model
 from common.randomness import seeded
 
 __all__ = [
     "attach",
     "first_state",
     "get_state",
-    "linear_targets",
     "load_adapter",
     "save_adapter",
     "set_state",
+    "train_head_alone",
     "trained_parameters",
 ]
 
-# Linear layers that are no part of the residual network: the head of a task and the output embedding.
-NOT_TARGETED = frozenset({"head", "classifier", "score", "lm_head", "embed_out"})
 
-
-def linear_targets(model: nn.Module) -> list[str]:
-    """Names (last part of the path, sorted) of all linear layers of the base, without heads."""
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    }
-    return sorted(names - NOT_TARGETED)
-
-
-def attach(model: nn.Module, section: AdapterSection) -> PeftModel:
-    """The task model with a LoRA adapter (Hu et al. 2021, section 4.1) on its linear layers, and its head trainable.
+def attach(model: nn.Module, section: AdapterSection) -> nn.Module:
+    """The task model with the manifest's adapter; adapter and head train, all else is frozen.
 
     Raises:
-        AdapterError: a target names no linear layer of the model.
+        AdapterError: the base has nothing that the method could train, or lacks a target.
     """
-    known = linear_targets(model)
-    targets = known if section.targets == "auto" else list(section.targets)
-    paths = [f".{name}" for name, _ in model.named_modules()]
-    unknown = [
-        name
-        for name in targets
-        if name.rsplit(".", 1)[-1] not in known or not any(path.endswith(f".{name}") for path in paths)
-    ]
-    if unknown or not targets:
-        raise AdapterError(
-            f"adapter.targets: {unknown[0] if unknown else 'auto'!r} is no linear layer of the base;"
-            f" it has {', '.join(known) or 'none'}"
-        )
-    head = head_name(model)
-    config = LoraConfig(
-        r=section.rank,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets,
-        modules_to_save=[head] if head else None,
-        bias="none",
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-    )
-    with warnings.catch_warnings():
-        # PEFT asks for a property by a name that transformers is giving up.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return cast(PeftModel, get_peft_model(model, config))
+    adapted = add_adapter(model, section)
+    trained_parameters(adapted)  # they are what trains now, also while a round trains the head alone
+    return adapted
 
 
-def get_state(model: PeftModel) -> AdapterState:
+def get_state(model: nn.Module) -> AdapterState:
     """A copy of the adapter and head, by PEFT's names in sorted order."""
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
@@ -96,7 +60,7 @@ def get_state(model: PeftModel) -> AdapterState:
     }
 
 
-def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def set_state(model: nn.Module, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Put an adapter and head into the model, which keeps its base.
 
     Raises:
@@ -116,49 +80,86 @@ def set_state(model: PeftModel, state: Mapping[str, npt.NDArray[np.float32]]) ->
             parameter.copy_(torch.from_numpy(np.array(state[name])))  # a copy: it may be read-only
 
 
-def trained_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The parameters of adapter and head by PEFT's names, sorted; PEFT takes its time, so it is asked once a model."""
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of adapter and head by name, sorted; PEFT takes its time, so it is asked once a model."""
     if model not in _named:
         by_place = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        named = {name: by_place[tensors[name].data_ptr()] for name in sorted(tensors)}
+        if isinstance(model, PeftModel):
+            tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+            named = {name: by_place[tensors[name].data_ptr()] for name in sorted(tensors)}
+        else:
+            named = dict(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad))
         shipped = {id(parameter) for parameter in named.values()}
         if any(parameter.requires_grad and id(parameter) not in shipped for parameter in model.parameters()):
             raise AdapterError("the model trains parameters that its adapter does not hold, so they would be lost")
         _named[model] = named
+        _as_loaded[model] = {n: p.detach().to("cpu", torch.float32, copy=True).numpy() for n, p in named.items()}
     return _named[model]
 
 
-_named: WeakKeyDictionary[PeftModel, dict[str, nn.Parameter]] = WeakKeyDictionary()
+_named: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionary()
+_as_loaded: WeakKeyDictionary[nn.Module, AdapterState] = WeakKeyDictionary()
 
 
-def first_state(model: PeftModel, seed: int) -> AdapterState:
-    """The adapter that a run starts from: a function of the shapes and the agreed seed alone.
+def train_head_alone(model: nn.Module, alone: bool) -> None:
+    """Freeze what is trained but the task's head, or let all of it train again."""
+    for name, parameter in trained_parameters(model).items():
+        parameter.requires_grad_(not alone or _HEAD.search(name) is not None)
 
-    A and the head's weight are uniform with the bounds of Kaiming's method for a linear layer (a = sqrt(5), so
-    1/sqrt(inputs)); B and the head's bias are zero, so the untrained adapter changes nothing.
+
+def first_state(model: nn.Module, seed: int) -> AdapterState:
+    """The adapter that a run starts from: a function of the base, the shapes and the agreed seed alone.
+
+    What comes from the base stays as it is. What is new starts so that it changes nothing, where the method can: A
+    and a head's weight are uniform with the bounds of Kaiming's method for a linear layer (a = sqrt(5), so
+    1/sqrt(inputs)); B, what leads out of a bottleneck and new biases are zero. Virtual tokens of prompt tuning start
+    as words drawn from the vocabulary (Lester et al. 2021, section 3.2).
     """
-    state = get_state(model)
-    for name, array in state.items():
-        if name.endswith("lora_B.weight") or array.ndim < 2:
-            array[...] = 0.0
+    state = {}
+    for name, array in _as_loaded_state(model).items():
+        generator = seeded(seed, "first adapter", name)
+        if not _NEW.search(name):
+            state[name] = array.copy()
+        elif _ZERO.search(name) or array.ndim < 2:
+            state[name] = np.zeros_like(array)
+        elif name.endswith("prompt_encoder.default.embedding.weight") and (words := _words(model, array.shape[1])):
+            chosen = generator.integers(0, len(words[0]), len(array))
+            state[name] = words[0][chosen].detach().to("cpu", torch.float32).numpy()
         else:
             bound = 1 / math.sqrt(array.shape[1])
-            array[...] = seeded(seed, "first adapter", name).uniform(-bound, bound, array.shape)
+            state[name] = generator.uniform(-bound, bound, array.shape).astype(np.float32)
     return state
 
 
-def save_adapter(folder: Path, model: PeftModel, state: AdapterState, base: Base, manifest: Manifest) -> None:
-    """Write `adapter_config.json`, `adapter_model.safetensors` and `coadapt.json` into an existing folder.
+_HEAD = re.compile(r"(^|\.)(head|classifier|score)\.")
+_NEW = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder|bottleneck|head|classifier|score)\.")
+_ZERO = re.compile(r"\.(lora_B|bottleneck\.up)\.")
 
-    `PeftModel.from_pretrained(load_task_model(base, manifest), folder)` reads it; `load_adapter` does both.
+
+def _as_loaded_state(model: nn.Module) -> AdapterState:
+    trained_parameters(model)
+    return _as_loaded[model]
+
+
+def _words(model: nn.Module, width: int) -> list[torch.Tensor]:
+    """The word embeddings [words, width] before which virtual tokens stand; none for a prefix, which is wider."""
+    found = [m.prompted.word_embeddings.weight for m in model.modules() if isinstance(m, Prompted)]
+    return [weight for weight in found if weight.shape[1] == width]
+
+
+def save_adapter(folder: Path, model: nn.Module, state: AdapterState, base: Base, manifest: Manifest) -> None:
+    """Write `adapter_model.safetensors` and `coadapt.json` into an existing folder, for PEFT `adapter_config.json` too.
+
+    `load_adapter` reads every method's; `PeftModel.from_pretrained(load_task_model(base, manifest), folder)` those that
+    have PEFT's file: the low-rank methods and IA3.
     """
-    config = model.peft_config["default"]
-    values = {**config.to_dict(), "base_model_name_or_path": base.name, "revision": manifest.model.revision}
-    values["inference_mode"] = True
-    (folder / "adapter_config.json").write_text(
-        json.dumps(values, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8"
-    )
+    if isinstance(model, PeftModel):
+        config = model.peft_config["default"]
+        values = {**config.to_dict(), "base_model_name_or_path": base.name, "revision": manifest.model.revision}
+        values["inference_mode"] = True
+        (folder / "adapter_config.json").write_text(
+            json.dumps(values, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8"
+        )
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(state, metadata={"format": "pt"}))
     agreed = manifest.model_dump(mode="json", exclude={"simulation"})
     (folder / "coadapt.json").write_text(
@@ -172,7 +173,7 @@ def _plain(value: object) -> object:
     return getattr(value, "value", str(value))
 
 
-def load_adapter(folder: Path, base: Base) -> tuple[PeftModel, Manifest]:
+def load_adapter(folder: Path, base: Base) -> tuple[nn.Module, Manifest]:
     """The task model of a stored adapter, ready to measure or serve, and the manifest it was made under.
 
     Raises:

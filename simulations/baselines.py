@@ -13,7 +13,7 @@ from client.records import read_records
 from client.resident import Resident, resident
 from client.sampling import batches
 from client.training.loop import train
-from common.adapters import set_state
+from common.adapters import set_state, train_head_alone
 from common.config.manifest import Manifest
 from common.evaluation import measure
 from common.messages import Envelope, Evaluated
@@ -39,17 +39,25 @@ def train_alone(request: Envelope, manifest: Manifest, site: str, folder: Path, 
         examples = _examples(folder / "train.jsonl", manifest, model)
         section = manifest.training
         seed_dropout(section.seed, site, "alone")
-        train(
-            model.model,
-            model.task,
-            examples,
-            batches(len(examples), section.batch_size, seed=section.seed, site=site, cursor=0),
-            section,
-            first_step=0,
-            steps=steps,
-            total_steps=steps,
-            precision=model.precision,
-        )
+        head_steps = steps * section.head_rounds // section.rounds
+        for first, last, head_alone in ((0, head_steps, True), (head_steps, steps, False)):
+            if first == last:
+                continue
+            train_head_alone(model.model, head_alone)
+            shuffled = batches(
+                len(examples), section.batch_size, seed=section.seed, site=site, cursor=first * section.batch_size
+            )
+            train(
+                model.model,
+                model.task,
+                examples,
+                shuffled,
+                section,
+                first_step=first,
+                steps=last - first,
+                total_steps=steps,
+                precision=model.precision,
+            )
     counts = _marked(TEST, _measured(manifest, model, _test_examples(folder.parent / "test.jsonl", manifest)))
     held_out = folder / "held_out.jsonl"
     if held_out.exists():

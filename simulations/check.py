@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from client.protection import mechanism
 from client.resident import Resident, resident
@@ -97,7 +98,7 @@ def training_bytes(manifest: Manifest, model: Resident) -> int:
     the longest inputs, s b h (34 + 5 a s / h) bytes for each layer in 16 bit (Korthikanti et al. 2022, section 4.1),
     twice that in 32 bit; a fifth of it with gradient checkpointing.
     """
-    config = getattr(model.model.get_base_model(), "config", None)
+    config = next((module.config for module in model.model.modules() if isinstance(module, PreTrainedModel)), None)
     layers = int(getattr(config, "num_hidden_layers", 12))
     hidden, heads = int(getattr(config, "hidden_size", 768)), int(getattr(config, "num_attention_heads", 12))
     batch = manifest.training.micro_batch_size or manifest.training.batch_size

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from common.adapters import trained_parameters
@@ -41,7 +40,7 @@ def learning_rate(section: TrainingSection, step: int, total_steps: int) -> floa
 
 
 def train(
-    model: PeftModel,
+    model: nn.Module,
     task: Task,
     examples: Sequence[Example],
     batches: Iterator[list[int]],
@@ -61,7 +60,7 @@ def train(
     Raises:
         NotFiniteLoss: the loss became NaN or infinite; the model is left as it is.
     """
-    parameters = list(trained_parameters(model).values())
+    parameters = [p for p in trained_parameters(model).values() if p.requires_grad]
     anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
     # Fresh at every round, AdamW with a tiny epsilon takes steps of one size everywhere, like a vote of the sites'
     # signs: labels that few of them have are voted down. A larger one (Reddi et al. 2021, section 4) prevents that.

@@ -1,21 +1,39 @@
-"""Gradients of every example on its own, in the one backward pass that training does anyway.
+"""Gradients of every example on its own, left in `p.grad_sample` where Opacus' optimiser looks for them.
 
-The gradient of a linear layer's weight is a sum over the batch of products of outputs' gradients and inputs. The sum
-is left out: a batched product gives every example's gradient at the cost of the usual one, and `p.grad` is not made.
-What comes out lies in `p.grad_sample`, of shape (examples, *p.shape) in float32, where Opacus' optimiser looks for it.
+Three engines do it; which one is chosen by what trains.
+
+*linear*: the gradient of a linear layer's weight is a sum over the batch of products of outputs' gradients and inputs.
+The sum is left out in the one backward pass that training does anyway: a batched product gives every example's
+gradient at the cost of the usual one, and `p.grad` is not made. For adapters all of whose parameters are linear layers.
+
+*vmap*: the gradient of one example's loss as a function, mapped over the batch by torch.func. For parameters outside
+linear layers: virtual tokens, biases of norms, factors, embeddings.
+
+*single*: one backward pass for each example. Slow, always right; where the model's code cannot be mapped.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from common.errors import PrivacyError
+from common.tasks.task import Batch, Example, Task
 
-__all__ = ["per_sample_gradients"]
+__all__ = ["Engine", "EngineName", "engine_of", "per_sample_gradients"]
+
+EngineName = Literal["linear", "vmap", "single"]
+
+# (task, examples, precision): leaves `grad_sample`, (examples, *p.shape) in float32, in every trained parameter.
+Engine = Callable[[Task, Sequence[Example], str], None]
 
 
 class _Linear(torch.autograd.Function):
@@ -53,42 +71,77 @@ def _stash(parameter: nn.Parameter, gradient: Tensor) -> None:
     parameter.grad_sample = gradient if before is None else before + gradient  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def per_sample_gradients(model: nn.Module) -> Iterator[None]:
-    """While it is open, a backward pass of `model` leaves every trained parameter's `grad_sample`, and no `grad`.
-
-    The loss must be a sum of per-example losses that depend on nothing but their example; the batch is the first
-    dimension of every layer's input. The caller clears `grad_sample` between backward passes.
+def engine_of(model: nn.Module) -> EngineName:
+    """The engine that covers all that `model` trains.
 
     Raises:
-        PrivacyError: a trained parameter does not belong to a linear layer, or layers mix the examples of a batch.
+        PrivacyError: layers of the model mix the examples of a batch, so none does.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrivacyError(f"{name} is a batch normalisation: it mixes the records of a batch; use another base")
-    covered: set[int] = set()
-    layers = []
-    for module in model.modules():
-        if type(module) is nn.Linear and any(p.requires_grad for p in module.parameters()):
-            layers.append(module)
-            covered |= {id(parameter) for parameter in module.parameters()}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
-    if missing:
-        raise PrivacyError(
-            f"no verified engine gives per-record gradients of {missing[0]}; choose another adapter or target"
-        )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
+    covered = {id(p) for layer in _linear_layers(model) for p in layer.parameters()}
+    if all(id(p) in covered for p in model.parameters() if p.requires_grad):
+        return "linear"
+    # Recomputing activations needs a backward pass of the usual kind, which vmap has not.
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return "single" if checkpointed else "vmap"
+
+
+@contextlib.contextmanager
+def per_sample_gradients(model: nn.Module, engine: EngineName | None = None) -> Iterator[Engine]:
+    """A function that leaves per-example gradients of what `model` trains now, good while the context is open.
+
+    A record's loss must depend on nothing but the record, and the batch be the first dimension of every layer's input;
+    `client/training/preflight.py` checks both. Where torch cannot map the model's code, single takes vmap's place.
+
+    Raises:
+        PrivacyError: layers of the model mix the examples of a batch.
+    """
+    chosen = engine or engine_of(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
         parameter.grad_sample = None  # type: ignore[attr-defined]
+    try:
+        with _OPENED[chosen](model, parameters) as gradients:
+            yield gradients
+    finally:
+        for parameter in parameters.values():
+            del parameter.grad_sample  # type: ignore[attr-defined]
+
+
+def _summed_loss(model: nn.Module, task: Task, batch: Batch, precision: str) -> Tensor:
+    device = batch.input_ids.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = model(**batch.inputs())
+    return task.losses(output, batch).sum()
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    return [m for m in model.modules() if type(m) is nn.Linear and any(p.requires_grad for p in m.parameters())]
+
+
+@contextlib.contextmanager
+def _by_layer(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Engine]:
+    device = next(model.parameters()).device
+    layers = _linear_layers(model)
+    covered = {id(p) for layer in layers for p in layer.parameters()}
+    missing = [name for name, p in parameters.items() if id(p) not in covered]
+    if missing:
+        raise PrivacyError(f"the engine for linear layers gives no per-record gradients of {missing[0]}")
+
+    def gradients(task: Task, examples: Sequence[Example], precision: str) -> None:
+        for parameter in parameters.values():
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+        _summed_loss(model, task, task.collate(examples, device), precision).backward()  # type: ignore[no-untyped-call]
+
     for layer in layers:
         layer.forward = _patched(layer)  # type: ignore[method-assign]
     try:
-        yield
+        yield gradients
     finally:
         for layer in layers:
             del layer.forward
-        for parameter in parameters:
-            del parameter.grad_sample  # type: ignore[attr-defined]
 
 
 def _patched(layer: nn.Linear) -> Any:
@@ -96,3 +149,89 @@ def _patched(layer: nn.Linear) -> Any:
         return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
 
     return forward
+
+
+@contextlib.contextmanager
+def _one_by_one(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Engine]:
+    device = next(model.parameters()).device
+
+    def gradients(task: Task, examples: Sequence[Example], precision: str) -> None:
+        rows = []
+        for example in examples:
+            loss = _summed_loss(model, task, task.collate([example], device), precision)
+            rows.append(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+        for parameter, column in zip(parameters.values(), zip(*rows, strict=True), strict=True):
+            grads = [torch.zeros_like(parameter) if gradient is None else gradient for gradient in column]
+            parameter.grad_sample = torch.stack(grads).float()  # type: ignore[attr-defined]
+
+    yield gradients
+
+
+@contextlib.contextmanager
+def _mapped(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Engine]:
+    device = next(model.parameters()).device
+    possible = True
+
+    def gradients(task: Task, examples: Sequence[Example], precision: str) -> None:
+        nonlocal possible
+        if not possible:
+            return one_by_one(task, examples, precision)
+        batch = task.collate(examples, device)
+
+        def loss(values: dict[str, Tensor], ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+            single = Batch(ids[None], mask[None], targets[None], ())
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = functional_call(model, values, kwargs=single.inputs())
+            return task.losses(output, single).sum()
+
+        values = {name: parameter.detach() for name, parameter in parameters.items()}
+        of_each = vmap(grad(loss), in_dims=(None, 0, 0, 0), randomness="different")
+        try:
+            found = of_each(values, batch.input_ids, batch.attention_mask, batch.targets)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, NotImplementedError):
+            possible = False  # the model's code looks into a tensor, which cannot be mapped
+            return one_by_one(task, examples, precision)
+        for name, parameter in parameters.items():
+            parameter.grad_sample = found[name].detach().float()  # type: ignore[attr-defined]
+        return None
+
+    with _mappable_attention(model), _one_by_one(model, parameters) as one_by_one:
+        yield gradients
+
+
+_OPENED = {"linear": _by_layer, "vmap": _mapped, "single": _one_by_one}
+
+ATTENTION = "coadapt_sdpa"
+
+
+def _mask_without_a_look(*args: Any, **options: Any) -> Tensor | None:
+    """The library's mask; it leaves the mask out where a look at its values shows that it masks nothing."""
+    looks = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return cast(Tensor | None, sdpa_mask(*args, **{**options, **looks}))
+
+
+def _attention(*args: Any, **options: Any) -> Any:
+    """The library's attention from plain products, which can be mapped; the fused kernel would be called row by row."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa_attention_forward(*args, **options)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask_without_a_look)
+
+
+@contextlib.contextmanager
+def _mappable_attention(model: nn.Module) -> Iterator[None]:
+    """While open, attention's masks are made without looking into a tensor."""
+    bodies = [m for m in model.modules() if isinstance(m, PreTrainedModel)][:1]
+    before = [body.config._attn_implementation for body in bodies]
+    for body in bodies:
+        if body.config._attn_implementation == "sdpa":
+            body.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        for body, name in zip(bodies, before, strict=True):
+            body.set_attn_implementation(name)

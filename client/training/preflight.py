@@ -38,8 +38,8 @@ def check_gradients(model: nn.Module, task: Task, units: Sequence[Sequence[Examp
     """
     model.eval()  # without dropout, which draws anew for every pass
     units = [unit[:2] for unit in units[:UNITS]]
-    with per_sample_gradients(model):
-        unit_gradients(model, task, units, precision)
+    with per_sample_gradients(model) as engine:
+        unit_gradients(engine, model, task, units, precision)
         found = {n: p.grad_sample.clone() for n, p in model.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
@@ -50,7 +50,8 @@ def check_gradients(model: nn.Module, task: Task, units: Sequence[Sequence[Examp
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 output = model(**batch.inputs())
             loss = task.losses(output, batch).sum()
-            for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            own = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            for name, gradient in zip(parameters, own, strict=True):
                 total[name] += gradient / len(unit)
         scale = math.sqrt(sum(float((g**2).sum()) for g in total.values())) or 1.0
         for name, expected in total.items():

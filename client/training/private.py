@@ -16,7 +16,7 @@ from torch import nn
 
 from client.protection import Mechanism
 from client.training.loop import learning_rate
-from client.training.per_sample import per_sample_gradients
+from client.training.per_sample import Engine, per_sample_gradients
 from common.config.manifest import TrainingSection
 from common.errors import PrivacyError
 from common.randomness import SystemRandomness
@@ -84,7 +84,7 @@ def train_private(
     optimizer = NoisedOptimizer(plain, mechanism, randomness)
     model.train()
     began = time.perf_counter()
-    with per_sample_gradients(model):
+    with per_sample_gradients(model) as engine:
         for step in range(first_step, first_step + steps):
             for group in plain.param_groups:
                 group["lr"] = learning_rate(section, step, total_steps)
@@ -93,15 +93,17 @@ def train_private(
             batches = list(_physical(sampled, section.micro_batch_size or section.batch_size)) or [[]]
             for number, batch in enumerate(batches, start=1):
                 optimizer.zero_grad(set_to_none=True)
-                unit_gradients(model, task, batch, precision)
+                unit_gradients(engine, model, task, batch, precision)
                 optimizer.signal_skip_step(number < len(batches))
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return time.perf_counter() - began
 
 
-def unit_gradients(model: nn.Module, task: Task, units: Sequence[Sequence[Example]], precision: str) -> None:
-    """Leave the mean gradient of every unit's records in `grad_sample`, float32 (units, *shape), within the engine.
+def unit_gradients(
+    engine: Engine, model: nn.Module, task: Task, units: Sequence[Sequence[Example]], precision: str
+) -> None:
+    """Leave the mean gradient of every unit's records in `grad_sample`, float32 (units, *shape).
 
     A unit whose gradient is not finite counts as zero: to stop would tell about it.
 
@@ -109,8 +111,6 @@ def unit_gradients(model: nn.Module, task: Task, units: Sequence[Sequence[Exampl
         PrivacyError: a parameter has no gradient for each record.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for parameter in parameters.values():
-        parameter.grad_sample = None  # type: ignore[attr-defined]
     if not units:
         for parameter in parameters.values():
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
@@ -118,10 +118,7 @@ def unit_gradients(model: nn.Module, task: Task, units: Sequence[Sequence[Exampl
     device = next(model.parameters()).device
     owner = [place for place, unit in enumerate(units) for _ in unit]
     examples = [example for unit in units for example in unit]
-    batch = task.collate(examples, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        output = model(**batch.inputs())
-    task.losses(output, batch).sum().backward()  # type: ignore[no-untyped-call]
+    engine(task, examples, precision)
     for name, parameter in parameters.items():
         found = getattr(parameter, "grad_sample", None)
         if found is None or found.shape != (len(examples), *parameter.shape) or parameter.grad is not None:

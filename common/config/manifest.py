@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT_REVISION",
     "DEFAULT_WEIGHTS_SHA256",
     "METRICS",
+    "AdapterMethod",
     "AdapterSection",
     "AggregationSection",
     "DataSection",
@@ -163,15 +164,37 @@ class DataSection(Section):
     )
 
 
-class AdapterSection(Section):
-    """The trainable low-rank adapter (LoRA, Hu et al. 2021); the task's head is trained and shipped with it."""
+AdapterMethod = Literal[
+    "lora",
+    "qlora",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "adapter",
+    "full",
+    "lora+prompt",
+    "rslora",
+    "dora",
+    "ia3",
+    "bitfit",
+    "head",
+]
 
-    method: Literal["lora"] = Field("lora", description="adapter method")
-    rank: int = Field(8, ge=1, le=1024, description="rank r of the update B A")
+
+class AdapterSection(Section):
+    """What is trained on top of the base (docs/adapters.md); the task's head is trained and shipped with it."""
+
+    method: AdapterMethod = Field("lora", description="adapter method; docs/adapters.md says what each does and needs")
+    rank: int = Field(
+        8, ge=1, le=1024, description="rank r of the update B A; of method adapter the bottleneck's width"
+    )
     alpha: float = Field(16.0, gt=0, description="scale of the update is alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input, probability")
     targets: Literal["auto"] | tuple[str, ...] = Field(
         "auto", description="names of the linear layers that get an adapter; auto: all of the base's, without the head"
+    )
+    virtual_tokens: int = Field(
+        20, ge=1, le=1024, description="length of the trained prefix or prompt of the methods that have one, tokens"
     )
 
     @model_validator(mode="after")
@@ -180,12 +203,20 @@ class AdapterSection(Section):
             raise ValueError("targets must name at least one layer, or be 'auto'")
         return self
 
+    @property
+    def added_tokens(self) -> int:
+        """How many places of the base's longest input the adapter takes."""
+        return self.virtual_tokens if self.method in ("prefix", "prompt", "p-tuning", "lora+prompt") else 0
+
 
 class TrainingSection(Section):
     """What a site does in a round. Steps are numbers, never epochs: an epoch would tell how many records a site has."""
 
     rounds: int = Field(5, ge=1, le=10000, description="rounds of the run")
     local_steps: int = Field(20, ge=1, le=100000, description="optimiser steps of each site in a round")
+    head_rounds: int = Field(
+        0, ge=0, description="first rounds that train the task's head alone, before the adapter joins in"
+    )
     batch_size: int = Field(16, ge=1, le=65536, description="records in one optimiser step")
     micro_batch_size: int | None = Field(
         None, ge=1, description="records in one forward pass; gradients add up to batch_size; default: batch_size"
@@ -214,6 +245,8 @@ class TrainingSection(Section):
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"micro_batch_size must divide batch_size {self.batch_size}, found {micro}")
+        if self.head_rounds > self.rounds:
+            raise ValueError(f"head_rounds must be at most rounds {self.rounds}, found {self.head_rounds}")
         return self
 
 
@@ -354,6 +387,14 @@ class Manifest(Section):
                     f"evaluation.metrics: {metric!r} is no metric of {self.task.kind};"
                     f" known: {', '.join(known)}, or 'module:function'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_method_fits(self) -> Self:
+        if self.training.head_rounds and self.task.kind == "causal-lm":
+            raise ValueError("training.head_rounds must be 0 for causal-lm, which has no head")
+        if self.adapter.method == "prefix" and self.training.gradient_checkpointing:
+            raise ValueError("training.gradient_checkpointing must be false with a prefix, which it would leave out")
         return self
 
     @model_validator(mode="after")

@@ -149,14 +149,13 @@ def test_the_model_is_as_before_afterwards(manifest_for: Manifests) -> None:
     model.model.zero_grad()
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (nn.LayerNorm(4), "gives per-record gradients of 1.weight"),
-        (nn.BatchNorm1d(4), "1 is a batch normalisation"),
-        (nn.Conv1d(4, 4, 1), "gives per-record gradients of 1.weight"),
-    ],
-)
-def test_what_no_engine_covers_is_refused_by_name(layer: nn.Module, message: str) -> None:
-    with pytest.raises(PrivacyError, match=message), per_sample_gradients(nn.Sequential(nn.Linear(4, 4), layer)):
+def test_a_batch_normalised_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(PrivacyError, match="1 is a batch normalisation"), per_sample_gradients(model):
         pass
+
+
+def test_the_engine_for_linear_layers_refuses_other_parameters_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with pytest.raises(PrivacyError, match=r"gives no per-record gradients of 1\.weight"):
+        per_sample_gradients(model, "linear").__enter__()

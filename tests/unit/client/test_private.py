@@ -160,12 +160,13 @@ def test_noise_and_samples_are_new_in_every_run_without_a_seed(ready: Resident) 
             precision="fp32",
         )
         found.append(get_state(ready.model))
-    assert all(not np.array_equal(found[0][n], found[1][n]) for n in start)
+    # One step of Adam is a sign, so small tensors may agree by chance: A's and B's 14,000 values do not.
+    assert sum(int((found[0][n] != found[1][n]).sum()) for n in start) > 1000
 
 
 def sums(ready: Resident, units: Any, clip: float) -> np.ndarray:
-    with per_sample_gradients(ready.model):
-        unit_gradients(ready.model, ready.task, units, "fp32")
+    with per_sample_gradients(ready.model) as engine:
+        unit_gradients(engine, ready.model, ready.task, units, "fp32")
         gradients: list[Any] = [p.grad_sample.double() for p in ready.model.parameters() if p.requires_grad]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
     factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)
