@@ -49,6 +49,38 @@ def ledger(policy: PolicyPath = Path("site.toml")) -> None:
         console.print(f"{simulated} of {len(entries)} entries are simulated: no person stands behind them")
 
 
+@site.command()
+def audit(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml with [privacy].")],
+    policy: PolicyPath = Path("site.toml"),
+    canaries: Annotated[int, typer.Option(min=1, help="How many canaries, at least 1,000.")] = 1000,
+    epsilon: Annotated[float, typer.Option(help="The claim that is tested, at most 1.")] = 1.0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Train so many rounds instead of the manifest's.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A run's adapter: also test whether it tells your records from others.")
+    ] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="Override a key: training.rounds=3.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    unsafe_without_noise: Annotated[
+        bool, typer.Option("--unsafe-without-noise", help="Leave the noise off, to see that the audit would notice.")
+    ] = False,
+) -> None:
+    """Test the privacy of training on your own records; the model is thrown away, and nothing leaves the site."""
+    from client.site_audit import print_audit
+
+    print_audit(
+        manifest,
+        policy,
+        overrides=assignments or (),
+        canaries=canaries,
+        epsilon=epsilon,
+        rounds=rounds,
+        adapter=adapter,
+        as_json=as_json,
+        unsafe_without_noise=unsafe_without_noise,
+    )
+
+
 def _print_account(console: Console, name: str, entries: "Sequence[Entry]", cap: float | None, delta: float) -> None:
     """A line for each run, and the sum, which is less than the runs' figures added up."""
     from common.privacy.accounting import prv_epsilon, rdp_epsilon

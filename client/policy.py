@@ -10,7 +10,8 @@ from pydantic import Field
 
 from client.protection import Population
 from common.config.loading import load_document
-from common.config.manifest import Columns, FileName, Name, Section
+from common.config.manifest import Columns, FileName, Manifest, Name, Section
+from common.errors import PrivacyError
 
 __all__ = ["DataPolicy", "PopulationPolicy", "SitePolicy", "load_policy"]
 
@@ -46,6 +47,18 @@ class SitePolicy(Section):
         """The population as the ledger and the accounting know it."""
         own = self.population
         return Population(own.name, own.units, own.epsilon, own.delta)
+
+    def require_unit(self, manifest: Manifest) -> None:
+        """Refuse a manifest that protects other units than the population consists of.
+
+        Raises:
+            PrivacyError: it does.
+        """
+        if manifest.privacy is not None and manifest.privacy.unit != self.population.unit:
+            raise PrivacyError(
+                f"the manifest protects each {manifest.privacy.unit!r}, the population {self.population.name!r} of"
+                f" site.toml consists of {self.population.unit!r}: its account cannot pay; agree on one unit"
+            )
 
 
 def load_policy(path: Path) -> SitePolicy:

@@ -11,7 +11,7 @@ from client.state import SiteState
 from client.training.loop import train
 from client.training.preflight import check_gradients, check_moved, check_randomness
 from client.training.private import train_private
-from common.adapters import get_state, set_state, train_head_alone
+from common.adapters import get_state, set_state, train_head_alone, trained_parameters
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.errors import MessageError
@@ -133,7 +133,8 @@ def _train_privately(
     )
     # 4. Reply with the change, and beside it with public numbers alone.
     after = get_state(resident.model)
-    check_moved(envelope.tensors, after)
+    trained = [name for name, p in trained_parameters(resident.model).items() if p.requires_grad]
+    check_moved({name: envelope.tensors[name] for name in trained}, after)
     header = RoundDone(
         **start.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"}),
         records=protection.units,

@@ -3,20 +3,22 @@
 import contextlib
 import traceback
 from pathlib import Path
+from typing import Self
 
 from client.ledger import Ledger
+from client.policy import SitePolicy
 from client.protection import Population, Protection, protected_units
 from client.records import read_records
 from client.resident import resident
 from client.round import SiteData, evaluate, train_round
 from client.state import SiteState
-from common.config.manifest import Manifest
+from common.config.manifest import Columns, Manifest
 from common.errors import MessageError, PrivacyError, error_code
 from common.messages import Envelope, Evaluate, Refused, RoundStart, decode, encode
 from common.records import Record
 from common.tasks.task import Example
 
-__all__ = ["Vault", "note"]
+__all__ = ["Vault", "note", "read_site"]
 
 
 class Vault:
@@ -38,6 +40,7 @@ class Vault:
         train: Path,
         held_out: Path | None,
         log: Path,
+        columns: Columns | None = None,
         population: Population | None = None,
         ledger: Ledger | None = None,
     ) -> None:
@@ -50,19 +53,28 @@ class Vault:
                 raise PrivacyError("the manifest asks for privacy: a site needs a population and a ledger to give it")
             self._protection = Protection(manifest, population, ledger)
             self._protection.require()
-        records = self._read(train)
-        examples = resident(manifest).task.encode(records).examples
-        held_out_examples = resident(manifest).task.encode(self._read(held_out)).examples if held_out else []
-        units: dict[str, list[Example]] = {}
-        if manifest.privacy is not None:
-            by_record = {id(record): example for record, example in zip(records, examples, strict=True)}
-            owned = protected_units(records, manifest.privacy.unit)
-            units = {unit: [by_record[id(record)] for record in own] for unit, own in owned.items()}
-        self._site = SiteData(name, examples, held_out_examples[: manifest.evaluation.max_records], units)
+        self._site = read_site(name, manifest, train=train, held_out=held_out, columns=columns)
 
-    def _read(self, path: Path) -> list[Record]:
-        manifest = self._manifest
-        return read_records(path, task=manifest.task, data=manifest.data, need_unit=manifest.need_unit)[0]
+    @classmethod
+    def of(cls, policy: SitePolicy, manifest: Manifest, *, log: Path) -> Self:
+        """The vault of a site, by its policy.
+
+        Raises:
+            PrivacyError: the manifest protects other units than the policy's population consists of.
+            CoadaptError: as above.
+        """
+        private = manifest.privacy is not None
+        policy.require_unit(manifest)
+        return cls(
+            policy.name,
+            manifest,
+            train=Path(policy.data.train),
+            held_out=None if policy.data.held_out is None else Path(policy.data.held_out),
+            log=log,
+            columns=policy.data.columns,
+            population=policy.account() if private else None,
+            ledger=Ledger(Path(policy.ledger)) if private else None,
+        )
 
     def answer(self, data: bytes, state: SiteState) -> tuple[bytes, SiteState]:
         """Answer one envelope. Whatever goes wrong ends in a Refused, and the state stays as it was.
@@ -97,6 +109,31 @@ class Vault:
         if isinstance(header, Evaluate):
             return evaluate(request, header, self._manifest, self._site, model), state
         raise MessageError(f"a site does not answer {header.kind!r}")
+
+
+def read_site(
+    name: str, manifest: Manifest, *, train: Path, held_out: Path | None, columns: Columns | None = None
+) -> SiteData:
+    """A site's files as examples, with privacy also by unit; `columns` names the files' columns where they differ.
+
+    Raises:
+        DataError: a file cannot be read, or a record is not what the task needs.
+    """
+
+    def read(path: Path) -> list[Record]:
+        data = manifest.data if columns is None else manifest.data.model_copy(update={"columns": columns})
+        return read_records(path, task=manifest.task, data=data, need_unit=manifest.need_unit)[0]
+
+    task = resident(manifest).task
+    records = read(train)
+    examples = task.encode(records).examples
+    held_out_examples = task.encode(read(held_out)).examples if held_out else []
+    units: dict[str, list[Example]] = {}
+    if manifest.privacy is not None:
+        by_record = {id(record): example for record, example in zip(records, examples, strict=True)}
+        owned = protected_units(records, manifest.privacy.unit)
+        units = {unit: [by_record[id(record)] for record in own] for unit, own in owned.items()}
+    return SiteData(name, examples, held_out_examples[: manifest.evaluation.max_records], units)
 
 
 def note(log: Path, error: BaseException) -> None:

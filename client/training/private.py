@@ -7,8 +7,9 @@ steps; sampling, noise and per-example gradients are ours. What the steps cost i
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -21,6 +22,9 @@ from common.config.manifest import TrainingSection
 from common.errors import PrivacyError
 from common.randomness import SystemRandomness
 from common.tasks.task import Example, Task
+
+if TYPE_CHECKING:  # the audit trains with what is here
+    from client.training.audit import Canaries
 
 __all__ = ["NoisedOptimizer", "train_private", "unit_gradients"]
 
@@ -68,11 +72,12 @@ def train_private(
     steps: int,
     total_steps: int,
     precision: str,
+    canaries: "Canaries | None" = None,
 ) -> float:
     """Take `steps` noised AdamW steps from the model's present adapter, in place; the seconds that they took.
 
     `units` holds the examples of each privacy unit. Nothing about single steps comes back: their losses and sizes
-    are private. A step that samples no unit adds noise alone.
+    are private. A step that samples no unit adds noise alone. `canaries` are further units, of an audit.
 
     Raises:
         PrivacyError: a check of the mechanism failed; the model may have been changed and must not be sent.
@@ -82,6 +87,8 @@ def train_private(
         parameters, lr=section.learning_rate, weight_decay=section.weight_decay, eps=section.adam_epsilon
     )
     optimizer = NoisedOptimizer(plain, mechanism, randomness)
+    if canaries is not None:
+        optimizer.attach_step_hook(canaries.look)
     model.train()
     began = time.perf_counter()
     with per_sample_gradients(model) as engine:
@@ -90,11 +97,18 @@ def train_private(
                 group["lr"] = learning_rate(section, step, total_steps)
             chosen = randomness.chosen(len(units), mechanism.sampling_rate)
             sampled = [_capped(units[index], mechanism.records_per_unit, randomness) for index in chosen]
-            batches = list(_physical(sampled, section.micro_batch_size or section.batch_size)) or [[]]
-            for number, batch in enumerate(batches, start=1):
+            size = section.micro_batch_size or section.batch_size
+            passes: list[Callable[[], None]] = [
+                partial(unit_gradients, engine, model, task, batch, precision) for batch in _physical(sampled, size)
+            ]
+            if canaries is not None:
+                for drawn in canaries.batches(randomness, mechanism.sampling_rate, size):
+                    passes.append(partial(canaries.leave_gradients, drawn, mechanism.clip))
+            passes = passes or [partial(unit_gradients, engine, model, task, [], precision)]
+            for number, leave_gradients in enumerate(passes, start=1):
                 optimizer.zero_grad(set_to_none=True)
-                unit_gradients(engine, model, task, batch, precision)
-                optimizer.signal_skip_step(number < len(batches))
+                leave_gradients()
+                optimizer.signal_skip_step(number < len(passes))
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return time.perf_counter() - began

@@ -1,5 +1,6 @@
 """Per-record gradients against one backward pass for each record, and against Opacus' hooks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,10 @@ def test_in_bf16_they_are_float32_and_near(manifest_for: Manifests) -> None:
     model, examples = ready(manifest_for(), "text-classification")
     found = ours(model, examples, half=True)
     assert {gradients.dtype for gradients in found.values()} == {torch.float32}
-    assert off(found, one_by_one(model, examples, half=True)) < 0.05  # bf16 keeps 8 bits
+    oracle = one_by_one(model, examples, half=True)
+    difference = math.sqrt(sum(float((found[name] - oracle[name]).square().sum()) for name in oracle))
+    # bf16 keeps 8 bits; single small values may be far off, the whole is not.
+    assert difference < 0.02 * math.sqrt(sum(float(gradient.square().sum()) for gradient in oracle.values()))
 
 
 def test_a_record_alone_has_the_gradient_it_has_among_others(manifest_for: Manifests) -> None:
