@@ -61,6 +61,10 @@ def simulate(
         bool | None,
         typer.Option("--baselines/--no-baselines", help="Also train each site alone and all records in one place."),
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Setting of a second federation to compare with; may be repeated."),
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(metavar="KEY=V1,V2,...", help="Run once for each value of a setting and draw what comes of it."),
@@ -72,17 +76,26 @@ def simulate(
         return
     from simulations.engine import simulate as run
     from simulations.live import LiveView, print_table
-    from simulations.report import main_result, privacy_result
+    from simulations.report import main_result, privacy_result, utility_result
 
     console = Console()
     with LiveView(console) as view:
         summary = run(
-            manifest, data=data, runs=runs, run_id=run_id, overrides=overrides or [], baselines=baselines, view=view
+            manifest,
+            data=data,
+            runs=runs,
+            run_id=run_id,
+            overrides=overrides or [],
+            baselines=baselines,
+            compare=compare,
+            view=view,
         )
     folder = runs / summary.run_id
     print_table(summary, console)
     console.print(main_result(summary), highlight=False, soft_wrap=True)
     console.print(privacy_result(summary), highlight=False, soft_wrap=True)
+    if compared := utility_result(summary):
+        console.print(compared, highlight=False, soft_wrap=True)
     if summary.overfitting:
         console.print(summary.overfitting, highlight=False, soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

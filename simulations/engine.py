@@ -35,7 +35,7 @@ from common.codec.state import AdapterState, state_digest
 from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
-from common.errors import CoadaptError, PrivacyError, RunError
+from common.errors import CoadaptError, ManifestError, PrivacyError, RunError
 from common.extensions import load
 from common.flower import ClientApp, Context, Grid, ServerApp, quiet
 from common.messages import Envelope, Evaluate, Evaluated, encode
@@ -51,7 +51,7 @@ from simulations.app import THREADS, client
 from simulations.baselines import HELD_OUT, TEST, part_of
 from simulations.report import write_report
 from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
-from simulations.summary import BaseModelFacts, RunSummary, Timing
+from simulations.summary import BaseModelFacts, ComparedFacts, RunSummary, Timing
 from simulations.workers import end_workers, start_workers
 
 __all__ = ["Plan", "Run", "find_metrics", "pinned", "plan_workers", "simulate", "simulate_on", "start_flower"]
@@ -62,6 +62,9 @@ WORKER_BYTES = 1_500_000_000
 
 # How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
 NODES_SECONDS = 30.0
+
+# Folder of the second federation in that of the run.
+COMPARED = "compared"
 
 # How often answers are looked for. In one process that costs nothing, and workers wait at the end of a round.
 POLL_SECONDS = 0.02
@@ -132,6 +135,7 @@ def simulate(
     run_id: str | None = None,
     overrides: Sequence[str] = (),
     baselines: bool | None = None,
+    compare: Sequence[str] | None = None,
     view: EventSink | None = None,
 ) -> RunSummary:
     """Simulate the federation of a manifest through Flower's simulation engine, from raw files to a report.
@@ -143,6 +147,7 @@ def simulate(
         run_id: name of that folder; a new name is made of the federation's and the time.
         overrides: settings as on the command line, `training.rounds=3`.
         baselines: also train each site alone and all records in one place; None: as the manifest says.
+        compare: settings of a second federation on the same records, beside `overrides`; None: as the manifest says.
         view: is called with every event.
 
     Returns:
@@ -157,6 +162,16 @@ def simulate(
     agreed = load_manifest(manifest, overrides) if isinstance(manifest, Path) else manifest
     folders = [folder for folder in (data, beside) if folder is not None]
     run = Run.prepare(agreed, folders, began=began, baselines=baselines)
+    compare = simulation_of(agreed).compare if compare is None else compare
+    if compare:
+        other = load_manifest(manifest, [*overrides, *compare]) if isinstance(manifest, Path) else None
+        if other is None:
+            raise ManifestError(
+                ["simulation.compare: needs a manifest from a file, to which its settings can be applied"]
+            )
+        run.settings = list(compare)
+        run.compared = Run.prepare(other, folders, began=began, baselines=False)
+        run.compared.stop = run.stop
     with _stop_on_signal(run.stop), run.folder(runs, run_id, view):
         start_flower(run, client)
         return run.finish()
@@ -251,6 +266,9 @@ class Run:
     coordinator: Coordinator | None = None
     sinks: list[EventSink] = field(default_factory=list)
     sites: dict[str, Path] = field(default_factory=dict)
+    compared: "Run | None" = None
+    compared_summary: RunSummary | None = None
+    settings: list[str] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, manifest: Manifest, folders: Sequence[Path], *, began: float, baselines: bool | None) -> "Run":
@@ -302,6 +320,8 @@ class Run:
                     trainable_parameters=sum(array.size for array in self.first.values()),
                 )
             )
+            if self.compared is not None:
+                stack.enter_context(self.compared.folder(self.store.folder, COMPARED, None))
             self.report(PhaseStarted(phase="start-up"))
             yield
 
@@ -321,6 +341,11 @@ class Run:
             self._rounds(grid)
             if self.baselines:
                 self._train_baselines(grid)
+            if self.compared is not None:
+                self.report(PhaseStarted(phase="comparison"))
+                self.compared.federate(grid)
+                if self.compared.failure is not None:
+                    raise self.compared.failure
             if self.data.test:
                 self.report(PhaseStarted(phase="test"))
                 adapters = {"untuned": self.first, "federated": self.store.load_round(self._selected())}
@@ -415,6 +440,9 @@ class Run:
 
     def finish(self) -> RunSummary:
         """Write summary and report; raise what stopped the run."""
+        if self.compared is not None:
+            with contextlib.suppress(CoadaptError):  # what stopped it stopped this run too, and is told below
+                self.compared_summary = self.compared.finish()
         if self.failure is None:
             return self._write("finished", "")
         if isinstance(self.failure, Interrupted):
@@ -434,7 +462,7 @@ class Run:
     def _summary(self, status: Literal["finished", "interrupted", "failed"], reason: str) -> RunSummary:
         rounds = summarise.round_facts(self.coordinator) if self.coordinator else []
         done = self.coordinator.rounds if self.coordinator else []
-        model, manifest = self.resident.model, self.manifest
+        model, manifest, other = self.resident.model, self.manifest, self.compared_summary
         trainable = sum(array.size for array in self.first.values())
         everything = sum(parameter.numel() for parameter in model.parameters())
         return RunSummary(
@@ -463,9 +491,11 @@ class Run:
                 untuned=self.table.get("untuned"),
                 alone=self.alone,
                 federated=self.table.get("federated"),
+                compared=summarise.compared_row(manifest, other) if other else None,
                 centralised=self.table.get("centralised"),
                 examples=sum(answer.examples for each in done for answer in each.answers),
             ),
+            compared=ComparedFacts(run=other.run_id, settings=self.settings, privacy=other.privacy) if other else None,
             failures=summarise.failures(done),
             privacy=summarise.privacy_facts(manifest, populations(manifest, self.data), self._ledgers()),
             overfitting=summarise.overfitting(rounds, self._selected()),
@@ -477,7 +507,7 @@ class Run:
         return {site: self.store.folder / "ledgers" / folder.name for site, folder in self.sites.items()}
 
     def _timing(self) -> Timing:
-        order = ["rounds", "validation", "baselines", "test", "report"]
+        order = ["rounds", "validation", "baselines", "comparison", "test", "report"]
         marks = {phase: self.marks[phase] for phase in order if phase in self.marks}
         ends = [*list(marks.values())[1:], time.monotonic()]
         spans = {phase: end - start for (phase, start), end in zip(marks.items(), ends, strict=True)}

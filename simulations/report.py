@@ -17,7 +17,7 @@ from simulations.report_page import PAGE
 from simulations.summary import RunSummary, SiteFacts, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
-__all__ = ["main_result", "privacy_result", "render", "write_report"]
+__all__ = ["main_result", "privacy_result", "render", "utility_result", "write_report"]
 
 
 # Metrics between 0 and 1 of which a hundredth is called a point.
@@ -81,6 +81,33 @@ def privacy_result(summary: RunSummary) -> str:
     )
 
 
+def utility_result(summary: RunSummary) -> str:
+    """What privacy costs, or what else the second federation changes, in one sentence; empty without one."""
+    if summary.compared is None or not summary.metrics:
+        return ""
+    metric = summary.metrics[0]
+    values = {row.name: row.figures.get(metric) for row in summary.table}
+    ours = values.get("federated")
+    other = next((value for name, value in values.items() if name.startswith("federated, ")), None)
+    if ours is None or other is None or not math.isfinite(ours) or not math.isfinite(other):
+        return ""
+    who = f"The same federation with {_setting(summary)}"
+    return (
+        f"{who} reached {metric_title(metric)} {figure_text(other)}: {_difference(other, ours, metric)} the released."
+    )
+
+
+def _setting(summary: RunSummary) -> str:
+    """What the second federation has that the first has not."""
+    facts = summary.compared
+    assert facts is not None  # noqa: S101  # whoever calls has looked
+    if facts.privacy is not None and summary.privacy is None:
+        return f"privacy (epsilon {facts.privacy.epsilon:g} for each {facts.privacy.unit} and site)"
+    if facts.privacy is None and summary.privacy is not None:
+        return "no privacy"
+    return ", ".join(facts.settings)
+
+
 def _without_test(summary: RunSummary, metric: str) -> str:
     trained = [facts.round for facts in summary.rounds if facts.round > 0]
     if not trained:
@@ -115,6 +142,7 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "summary": summary,
         "result": main_result(summary),
         "privacy": privacy_result(summary),
+        "utility": utility_result(summary),
         "unsafe": summary.privacy is not None and not summary.privacy.protects,
         "chooser": chooser,
         "lower_is_better": LOWER_IS_BETTER,

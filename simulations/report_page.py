@@ -107,6 +107,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <p class="callout">{{ summary.reason }}</p>
 {% endif %}
 <p class="{{ "callout" if unsafe else "private" }}">{{ privacy }}</p>
+{% if utility %}<p>{{ utility }} <a href="{{ summary.compared.run }}/report.html">Its report.</a></p>{% endif %}
 <p class="result">{{ result }}</p>
 {% if table %}
 <p class="soft">

@@ -25,12 +25,14 @@ from simulations.summary import (
     MachineFacts,
     PrivacyFacts,
     RoundFacts,
+    RunSummary,
     SiteFacts,
     SitePrivacy,
     TableRow,
 )
 
 __all__ = [
+    "compared_row",
     "comparison",
     "data_facts",
     "failures",
@@ -164,6 +166,7 @@ def comparison(
     untuned: Figures | None,
     alone: Mapping[str, Figures],
     federated: Figures | None,
+    compared: TableRow | None,
     centralised: Figures | None,
     examples: int,
 ) -> list[TableRow]:
@@ -185,9 +188,21 @@ def comparison(
         rows.append(TableRow(name="local only (best site)", figures=best, examples_seen=own))
     if federated:
         rows.append(TableRow(name="federated", figures=federated, examples_seen=examples))
+    if compared:
+        rows.append(compared)
     if centralised:
         rows.append(TableRow(name="centralised", figures=centralised, examples_seen=own * max(1, len(alone))))
     return rows
+
+
+def compared_row(ours: Manifest, other: RunSummary) -> TableRow | None:
+    """The result of the second federation, named by how its privacy differs; None where it was not measured."""
+    found = [row for row in other.table if row.name == "federated"]
+    if not found:
+        return None
+    private = other.privacy is not None
+    name = "compared" if private == (ours.privacy is not None) else "private" if private else "not private"
+    return TableRow.model_validate({**found[0].model_dump(), "name": f"federated, {name}"})
 
 
 def overfitting(rounds: Sequence[RoundFacts], selected: int) -> str:

@@ -108,7 +108,16 @@ class RoundFacts(Facts):
 class TableRow(Facts):
     """A row of the comparison on the test set."""
 
-    name: Literal["untuned", "local only (mean)", "local only (best site)", "federated", "centralised"]
+    name: Literal[
+        "untuned",
+        "local only (mean)",
+        "local only (best site)",
+        "federated",
+        "federated, private",
+        "federated, not private",
+        "federated, compared",
+        "centralised",
+    ] = Field(description="'federated' is the released adapter; of the others that begin so, at most one is there")
     figures: Figures
     examples_seen: int = Field(description="training examples behind the row, repetitions counted")
 
@@ -120,6 +129,7 @@ class Timing(Facts):
     rounds: float
     validation: float = Field(description="measuring the last round's adapter on held-out records")
     baselines: float
+    comparison: float = 0.0
     test: float
     total: float
 
@@ -159,6 +169,14 @@ class PrivacyFacts(Facts):
     sites: list[SitePrivacy]
 
 
+class ComparedFacts(Facts):
+    """The second federation on the same records, which `simulation.compare` asked for."""
+
+    run: str = Field(description="its folder, beside this file")
+    settings: list[str] = Field(description="what differs, KEY=VALUE")
+    privacy: PrivacyFacts | None = Field(description="null: it is not private")
+
+
 class RunSummary(Facts):
     """A whole `summary.json`. `version` changes when a field changes its meaning."""
 
@@ -178,6 +196,7 @@ class RunSummary(Facts):
     selected_round: int = Field(description="round whose adapter is the result")
     table: list[TableRow]
     privacy: PrivacyFacts | None = Field(None, description="null: the run is not private")
+    compared: ComparedFacts | None = Field(None, description="null: there was no second federation")
     failures: list[Failure]
     overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")
     timing: Timing

@@ -105,6 +105,7 @@ def run_sweep(
             run_id=re.sub(r"[^A-Za-z0-9._-]", "_", f"{sweep.key}-{value}"),
             overrides=[*overrides, f"{sweep.key}={value}"],
             baselines=baselines,
+            compare=(),
             view=view,
         )
         done.append((value, summary))

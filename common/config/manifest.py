@@ -335,6 +335,11 @@ class SimulationSection(Section):
         "auto", description="processes that train sites at the same time; auto: one per core, as memory allows"
     )
     baselines: bool = Field(False, description="also train each site alone, and all records in one place")
+    compare: tuple[str, ...] = Field(
+        (),
+        description="settings KEY=VALUE, as for --set, of a second federation on the same records to compare with,"
+        " such as 'privacy.epsilon=8'",
+    )
 
     @model_validator(mode="after")
     def _records_come_from_somewhere(self) -> Self:

@@ -19,7 +19,14 @@ MakeManifest = Callable[..., Manifest]
 
 
 def rows_of(manifest: Manifest, **given: Any) -> dict[str, TableRow]:
-    values: dict[str, Any] = {"untuned": None, "alone": {}, "federated": None, "centralised": None, "examples": 0}
+    values: dict[str, Any] = {
+        "untuned": None,
+        "alone": {},
+        "federated": None,
+        "compared": None,
+        "centralised": None,
+        "examples": 0,
+    }
     return {row.name: row for row in summarise.comparison(manifest, **{**values, **given})}
 
 
