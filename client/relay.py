@@ -18,15 +18,16 @@ class AnswersEnvelopes(Protocol):
         """Answer one envelope; never raises for what the envelope or the records hold."""
 
 
-def relay(message: Message, context: Context, vault: AnswersEnvelopes) -> Message:
+def relay(message: Message, context: Context, vault: AnswersEnvelopes, *, state_name: str = STATE) -> Message:
     """Give the message's envelope to the vault and reply with its answer.
 
-    The site's state lies in Flower's context, which travels with the site from process to process.
+    The site's state lies in Flower's context, which travels with the site from process to process. A node that plays
+    its site in several runs keeps a state for each, by name.
     """
-    record = context.state.config_records.get(STATE)
+    record = context.state.config_records.get(state_name)
     state = SiteState(**{key: int(value) for key, value in record.items()}) if record else SiteState()  # type: ignore[arg-type]
     answer, state = vault.answer(unpack(message.content), state)
-    context.state[STATE] = ConfigRecord({"cursor": state.cursor, "last_round": state.last_round})
+    context.state[state_name] = ConfigRecord({"cursor": state.cursor, "last_round": state.last_round})
     return Message(pack(answer), reply_to=message)
 
 

@@ -40,7 +40,8 @@ def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
     notes = _notes(message)
     try:
-        return relay(message, context, _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"]))
+        vault = _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"])
+        return relay(message, context, vault, state_name=f"site of {notes['folder']}")
     except Exception as error:
         note(Path(notes["log"]), error)
         return failure(message, error)

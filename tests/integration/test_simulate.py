@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import tomli_w
 from peft import PeftModel
 from safetensors.numpy import load_file
 
-from client.ledger import Ledger
+from client.ledger import Account, Charge, Ledger
 from common.adapters import get_state
 from common.codec.state import AdapterState, state_digest
 from common.config.loading import load_manifest
 from common.models import find_base, load_task_model
+from common.privacy.accounting import Steps
 from common.progress import BaselineFinished, Event, RoundFinished, RoundStarted, RunStarted, RunStopped, read_events
 from common.randomness import seeded
 from simulations.commands import main
@@ -381,12 +383,25 @@ def private(new_world: Callable[[], World], encoder: Path) -> dict[str, Ended]:
     write_rows(world.folder / "train.jsonl", clauses("train", 52, SKEW))
     write_rows(world.folder / "test.jsonl", clauses("test", 10, dict.fromkeys(SKEW, "abc")))
     write_manifest(world.folder, encoder, simulation={"test": "test.jsonl"}, evaluation={"holdout": 0.1})
+    real = world.folder / "ledger"  # of a real site that lives in the same folder
+    charge = Charge("patients", "record", "test", "d" * 64, "real", 1, Steps(1.0, 0.1, 4))
+    Ledger(real).charge(Account("patients", 3.0, 1e-5), charge, ["u1", "u2"])
+    before = {path.name: path.read_bytes() for path in real.iterdir()}
     ended = {}
     for name, setting in (("private", "clip=0.5"), ("known", "unsafe_seed=1"), ("again", "unsafe_seed=1")):
         options = ["--set", "privacy.epsilon=3", "--set", f"privacy.{setting}", "--run-id", name]
         process = world.start("simulate", "federation.toml", *options)
         ended[name] = wait_for(process, world.folder / "runs" / name)
+    assert {path.name: path.read_bytes() for path in real.iterdir()} == before
     return ended
+
+
+@pytest.mark.slow
+def test_simulations_pay_from_ledgers_of_their_own(private: dict[str, Ended]) -> None:
+    # The same federation three times over: a real account of epsilon 3 would have been empty after the first.
+    assert [ended.rc for ended in private.values()] == [0, 0, 0]
+    spent = [site.epsilon for ended in private.values() for site in ended.summary.privacy.sites]  # type: ignore[union-attr]
+    assert len(set(spent)) == 1
 
 
 @pytest.mark.slow
@@ -420,6 +435,82 @@ def test_with_privacy_no_exact_figure_leaves_a_site(private: dict[str, Ended]) -
     finished = [json.loads(line) for line in events.read_text().splitlines() if '"site_finished"' in line]
     assert len(finished) == 9
     assert all(event["train_loss"] is None and event["examples"] == 32 for event in finished)
+
+
+@pytest.mark.slow
+def test_a_second_federation_is_compared_with(new_world: Callable[[], World], encoder: Path) -> None:
+    world = new_world()
+    write_rows(world.folder / "train.jsonl", clauses("train", 30, SKEW))
+    write_rows(world.folder / "test.jsonl", clauses("test", 10, dict.fromkeys(SKEW, "abc")))
+    write_manifest(world.folder, encoder, simulation={"test": "test.jsonl"}, evaluation={"holdout": 0.0})
+    command = ["simulate", "federation.toml", "--compare", "privacy.epsilon=3", "--compare", "adapter.method=head"]
+    ended = wait_for(world.start(*command, "--run-id", "both"), world.folder / "runs" / "both")
+    assert ended.rc == 0, ended.err
+    summary = ended.summary
+    assert [row.name for row in summary.table] == ["untuned", "federated", "federated, private"]
+    assert summary.privacy is None
+    assert summary.compared is not None
+    assert summary.compared.settings == ["privacy.epsilon=3", "adapter.method=head"]
+    assert summary.compared.privacy is not None
+    assert all(2.9 < site.epsilon <= 3.0 for site in summary.compared.privacy.sites)
+    assert summary.timing.comparison > 0
+    sentence = "The same federation with privacy (epsilon 3 for each record and site) reached accuracy"
+    assert sentence in ended.out
+    assert sentence in (ended.run / "report.html").read_text()
+    other = RunSummary.model_validate_json((ended.run / summary.compared.run / "summary.json").read_bytes())
+    assert other.rounds[-1].round == summary.rounds[-1].round == 3
+    assert other.model.trainable_parameters < summary.model.trainable_parameters
+    assert (ended.run / summary.compared.run / "report.html").exists()
+    assert not (ended.run / "ledgers").exists()
+
+
+@pytest.mark.slow
+def test_a_four_bit_base_is_tuned_privately_on_a_cpu(new_world: Callable[[], World], causal: Path) -> None:
+    world = new_world()
+    words = [*WORDS["a"], *WORDS["b"], *WORDS["c"]]
+    rows = [{"instruction": f"What of {w} {n}?", "output": f"The {w} is notice."} for n in range(4) for w in words]
+    write_rows(world.folder / "train.jsonl", [row | {"unit": f"u{place}"} for place, row in enumerate(rows)])
+    write_manifest(
+        world.folder,
+        causal,
+        task={"kind": "causal-lm", "labels": []},
+        adapter={"method": "qlora"},
+        data={"max_length": 64},
+        privacy={"epsilon": 8.0, "delta": 1e-3},
+        simulation={"sites": ["one", "two"], "partitioner": "iid"},
+    )
+    ended = wait_for(world.start("simulate", "federation.toml", "--run-id", "four"), world.folder / "runs" / "four")
+    assert (ended.rc, ended.err) == (0, "")
+    assert ended.summary.privacy is not None
+    assert all(7.8 < site.epsilon <= 8.0 for site in ended.summary.privacy.sites)
+    first, *_, last = stored_states(ended.run)
+    assert all(not np.array_equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_a_private_run_that_is_killed_has_paid_for_what_it_stored(
+    new_world: Callable[[], World], encoder: Path
+) -> None:
+    world = new_world()
+    write_rows(world.folder / "train.jsonl", clauses("train", 30, SKEW))
+    training = {"rounds": 200, "local_steps": 1}
+    write_manifest(world.folder, encoder, training=training, evaluation={"holdout": 0.0}, privacy={"epsilon": 8.0})
+    process = world.start("simulate", "federation.toml", "--run-id", "killed")
+    run = world.folder / "runs" / "killed"
+    until = time.monotonic() + LONGEST_RUN
+    while len(list(run.glob("rounds/*/round.json"))) < 5 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert still_there(process.pid) == []
+    stored = len(list(run.glob("rounds/*/round.json"))) - 1  # round 0 is the first adapter
+    assert stored >= 4
+    ledgers = sorted((run / "ledgers").iterdir())
+    assert len(ledgers) == len(SKEW)
+    for folder in ledgers:
+        rounds = [entry.charge.round for entry in Ledger(folder, simulated=True).entries()]
+        assert rounds == list(range(1, len(rounds) + 1))
+        assert len(rounds) >= stored
 
 
 @pytest.mark.slow

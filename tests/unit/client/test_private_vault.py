@@ -1,5 +1,10 @@
 """A vault under privacy: charged before it trains, and nothing computed from records leaves but the noised change."""
 
+import itertools
+import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,3 +206,30 @@ def test_the_steps_of_a_round_are_those_of_the_manifest(manifest_for: Manifests,
     how = mechanism(manifest, PEOPLE)
     assert protection.round == Steps(how.noise_multiplier, 0.4, TRAINING["local_steps"])
     assert how.expected_units == how.sampling_rate * PEOPLE.units == 4
+
+
+def test_killed_at_twenty_moments_the_ledger_holds_all_that_was_released(
+    manifest_for: Manifests, tmp_path: Path
+) -> None:
+    """A child answers rounds and releases each answer as a file; it is killed anywhere, also inside a step."""
+    manifest = private(manifest_for, spare_rounds=2000)
+    site = Site(tmp_path, manifest, Population("patients", 10, 1e6, 1e-3))
+    site.ask(1, SiteState())  # so that what is left takes a few milliseconds a round
+    (tmp_path / "released").mkdir()
+    rng = random.Random(7)
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            try:
+                for number in itertools.count():
+                    site.ask(1, SiteState())
+                    (tmp_path / "released" / f"{os.getpid()}-{number}").write_text("")
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0.0, 0.6))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        entries = Ledger(tmp_path / "ledger").entries()  # opens, and its chain holds
+        assert len(entries) >= 1 + len(list((tmp_path / "released").iterdir()))
+    assert len(list((tmp_path / "released").iterdir())) >= 5
