@@ -33,6 +33,7 @@ __all__ = [
     "attach",
     "first_state",
     "get_state",
+    "is_head",
     "load_adapter",
     "save_adapter",
     "set_state",
@@ -101,10 +102,15 @@ _named: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionar
 _as_loaded: WeakKeyDictionary[nn.Module, AdapterState] = WeakKeyDictionary()
 
 
+def is_head(name: str) -> bool:
+    """Whether a trained parameter of this name belongs to the task's head."""
+    return _HEAD.search(name) is not None
+
+
 def train_head_alone(model: nn.Module, alone: bool) -> None:
     """Freeze what is trained but the task's head, or let all of it train again."""
     for name, parameter in trained_parameters(model).items():
-        parameter.requires_grad_(not alone or _HEAD.search(name) is not None)
+        parameter.requires_grad_(not alone or is_head(name))
 
 
 def first_state(model: nn.Module, seed: int) -> AdapterState:

@@ -9,12 +9,12 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from common.adapters import trained_parameters
+from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
 from common.errors import NotFiniteLoss
 from common.tasks.task import Example, Task
 
-__all__ = ["Outcome", "learning_rate", "train"]
+__all__ = ["Outcome", "learning_rate", "new_optimizer", "set_learning_rates", "train"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,32 @@ def learning_rate(section: TrainingSection, step: int, total_steps: int) -> floa
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[section.schedule]
     return section.learning_rate * max(0.0, factor)
+
+
+def new_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.AdamW:
+    """AdamW for what the model trains now; the head has a rate of its own where the manifest gives it one.
+
+    Fresh at every round, AdamW with a tiny epsilon takes steps of one size everywhere, like a vote of the sites' signs:
+    labels that few of them have are voted down. A larger one (Reddi et al. 2021, section 4) prevents that.
+    """
+    own = section.head_learning_rate
+    of_the_head = {id(parameter) for name, parameter in trained_parameters(model).items() if is_head(name)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head = [parameter for parameter in trained if own is not None and id(parameter) in of_the_head]
+    rest = [parameter for parameter in trained if own is None or id(parameter) not in of_the_head]
+    peaks = ((rest, section.learning_rate), (head, own))
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": peak, "peak": peak} for parameters, peak in peaks if parameters],
+        weight_decay=section.weight_decay,
+        eps=section.adam_epsilon,
+    )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, section: TrainingSection, step: int, total_steps: int) -> None:
+    """Set each group's rate for step `step` (from 0) of a whole run: its peak times the schedule's factor."""
+    factor = learning_rate(section, step, total_steps) / section.learning_rate
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
 
 
 def train(
@@ -62,19 +88,14 @@ def train(
     """
     parameters = [p for p in trained_parameters(model).values() if p.requires_grad]
     anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
-    # Fresh at every round, AdamW with a tiny epsilon takes steps of one size everywhere, like a vote of the sites'
-    # signs: labels that few of them have are voted down. A larger one (Reddi et al. 2021, section 4) prevents that.
-    optimizer = torch.optim.AdamW(
-        parameters, lr=section.learning_rate, weight_decay=section.weight_decay, eps=section.adam_epsilon
-    )
+    optimizer = new_optimizer(model, section)
     optimizer.zero_grad(set_to_none=True)  # of a training that failed midway; they would go into the first step
     if not model.training:  # asking every module takes as long as a step of a small one
         model.train()
     losses: list[float] = []
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, steps), start=first_step):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(section, step, total_steps)
+        set_learning_rates(optimizer, section, step, total_steps)
         loss = _gradient(model, task, [examples[index] for index in batch], section, precision)
         if not math.isfinite(loss):
             raise NotFiniteLoss(f"the loss became {loss} in step {step - first_step + 1}; try a lower learning rate")

@@ -16,7 +16,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.protection import Mechanism
-from client.training.loop import learning_rate
+from client.training.loop import new_optimizer, set_learning_rates
 from client.training.per_sample import Engine, per_sample_gradients
 from common.config.manifest import TrainingSection
 from common.errors import PrivacyError
@@ -82,10 +82,7 @@ def train_private(
     Raises:
         PrivacyError: a check of the mechanism failed; the model may have been changed and must not be sent.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    plain = torch.optim.AdamW(
-        parameters, lr=section.learning_rate, weight_decay=section.weight_decay, eps=section.adam_epsilon
-    )
+    plain = new_optimizer(model, section)
     optimizer = NoisedOptimizer(plain, mechanism, randomness)
     if canaries is not None:
         optimizer.attach_step_hook(canaries.look)
@@ -93,8 +90,7 @@ def train_private(
     began = time.perf_counter()
     with per_sample_gradients(model) as engine:
         for step in range(first_step, first_step + steps):
-            for group in plain.param_groups:
-                group["lr"] = learning_rate(section, step, total_steps)
+            set_learning_rates(plain, section, step, total_steps)
             chosen = randomness.chosen(len(units), mechanism.sampling_rate)
             sampled = [_capped(units[index], mechanism.records_per_unit, randomness) for index in chosen]
             size = section.micro_batch_size or section.batch_size

@@ -222,6 +222,9 @@ class TrainingSection(Section):
         None, ge=1, description="records in one forward pass; gradients add up to batch_size; default: batch_size"
     )
     learning_rate: float = Field(1e-3, gt=0, le=1.0, description="peak learning rate of AdamW")
+    head_learning_rate: float | None = Field(
+        None, gt=0, le=1.0, description="peak learning rate of the task's head; default: learning_rate"
+    )
     weight_decay: float = Field(0.01, ge=0, le=1.0, description="decoupled weight decay of AdamW")
     adam_epsilon: float = Field(
         1e-8, gt=0, le=1.0, description="epsilon of AdamW; near the gradients' size, 1e-3, small gradients move less"
@@ -396,8 +399,9 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _the_method_fits(self) -> Self:
-        if self.training.head_rounds and self.task.kind == "causal-lm":
-            raise ValueError("training.head_rounds must be 0 for causal-lm, which has no head")
+        headed = {"head_rounds": self.training.head_rounds, "head_learning_rate": self.training.head_learning_rate}
+        if self.task.kind == "causal-lm" and (given := [name for name, value in headed.items() if value]):
+            raise ValueError(f"training.{given[0]} cannot be given for causal-lm, which has no head")
         if self.adapter.method == "prefix" and self.training.gradient_checkpointing:
             raise ValueError("training.gradient_checkpointing must be false with a prefix, which it would leave out")
         return self

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from client.resident import Resident, resident
-from client.training.loop import Outcome, learning_rate, train
-from common.adapters import first_state, get_state, set_state
+from client.training.loop import Outcome, learning_rate, new_optimizer, set_learning_rates, train
+from common.adapters import first_state, get_state, set_state, trained_parameters
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest, TrainingSection
 from common.errors import NotFiniteLoss
@@ -352,3 +352,18 @@ class TestResident:
         assert other is not ready
         assert other.model.peft_config["default"].r == 2
         assert resident(manifest) is not ready
+
+
+def test_the_head_has_a_rate_of_its_own_where_the_manifest_gives_one(manifest_for: Manifests) -> None:
+    model = resident(manifest_for()).model
+    section = TrainingSection(learning_rate=0.1, head_learning_rate=0.5, warmup_steps=2, schedule="linear")
+    optimizer = new_optimizer(model, section)
+    set_learning_rates(optimizer, section, 0, 10)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in trained_parameters(model).items():
+        assert rates[id(parameter)] == pytest.approx(0.25 if ".head." in name else 0.05)
+    plain = new_optimizer(model, section.model_copy(update={"head_learning_rate": None}))
+    set_learning_rates(plain, section, 2, 10)
+    (group,) = plain.param_groups
+    assert group["lr"] == pytest.approx(0.1)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
