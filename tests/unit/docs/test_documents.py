@@ -26,8 +26,8 @@ def test_every_scenario_is_a_valid_manifest(path: Path) -> None:
     assert load_manifest(path).simulation is not None
 
 
-def test_there_are_the_four_scenarios() -> None:
-    assert {path.stem for path in SCENARIOS} == {"contracts", "cuad", "ncbi", "medquad"}
+def test_there_are_the_five_scenarios() -> None:
+    assert {path.stem for path in SCENARIOS} == {"contracts", "cuad", "cuad_private", "ncbi", "medquad"}
 
 
 def test_the_default_scenario_agrees_with_its_generator() -> None:
