@@ -9,8 +9,8 @@ import pytest
 from summary_samples import sample, table
 
 from simulations import plots
-from simulations.report import main_result, privacy_result, render, write_report
-from simulations.summary import Failure, PrivacyFacts, RunSummary, SitePrivacy
+from simulations.report import main_result, privacy_result, render, utility_result, write_report
+from simulations.summary import ComparedFacts, Failure, PrivacyFacts, RunSummary, SitePrivacy, TableRow
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = ["comparison", "learning", "sites", "labels", "cost", "data", "failures", "setting"]
@@ -346,3 +346,28 @@ def test_what_each_site_paid_is_in_the_page_and_names_are_escaped() -> None:
         assert text in section
     assert "<b>" not in section
     assert '<section id="privacy"' not in render(sample())
+
+
+def compared(mine: PrivacyFacts | None, other: PrivacyFacts | None, name: str) -> RunSummary:
+    row = TableRow.model_validate({"name": name, "figures": {"accuracy": 0.7}, "examples_seen": 9})
+    facts = ComparedFacts(run="compared", settings=["training.rounds=3", "adapter.rank=2"], privacy=other)
+    return sample(privacy=mine, compared=facts, table=[*sample().table, row])
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "name", "words"),
+    [
+        (False, True, "federated, private", "privacy (epsilon 8 for each patient and site)"),
+        (True, False, "federated, not private", "no privacy"),
+        (False, False, "federated, compared", "training.rounds=3, adapter.rank=2"),
+    ],
+)
+def test_the_second_federation_is_told_beside_the_first(mine: bool, other: bool, name: str, words: str) -> None:
+    summary = compared(private_facts() if mine else None, private_facts() if other else None, name)
+    said = utility_result(summary)
+    assert said.startswith(f"The same federation with {words} reached accuracy 0.700: ")
+    assert said.endswith("points below the released.")
+    page = render(summary)
+    assert said in page.split("<header>")[1].split("</header>")[0]
+    assert '<a href="compared/report.html">' in page
+    assert utility_result(sample()) == ""
