@@ -30,16 +30,17 @@ import torch
 
 from client.protection import mechanism
 from client.resident import Resident, resident
-from common.adapters import first_state, save_adapter
+from common.adapters import first_state, save_adapter, set_state
 from common.codec.state import AdapterState, state_digest
 from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, ManifestError, PrivacyError, RunError
+from common.evaluation import measure
 from common.extensions import load
 from common.flower import ClientApp, Context, Grid, ServerApp, quiet
 from common.messages import Envelope, Evaluate, Evaluated, encode
-from common.metrics import figures
+from common.metrics import Counts, figures
 from common.models import find_base, load_tokenizer
 from common.progress import BaselineFinished, Event, EventLog, EventSink, PhaseStarted, RunStarted, RunStopped
 from common.tasks.causal_lm import prompt_digest
@@ -363,8 +364,22 @@ class Run:
             channel=self._channel(grid, {site: _Job(site, 0, {}) for site in self.data.train}),
             store=self.store,
             report=self.report,
+            public=self._measure_public if self.data.public else None,
         )
         self.store.save_result(self.coordinator.run())
+
+    def _measure_public(self, adapter: AdapterState) -> Counts:
+        """Counts of an adapter on the public records, in this process: they are nobody's secret."""
+        model, section = self.resident, self.manifest.evaluation
+        set_state(model.model, adapter)
+        return measure(
+            model.model,
+            model.task,
+            model.task.encode(self.data.public[: section.max_records]).examples,
+            batch_size=section.batch_size,
+            precision=model.precision,
+            metrics=self.manifest.metrics,
+        )
 
     def _channel(self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None) -> FlowerChannel:
         """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is."""
@@ -483,6 +498,7 @@ class Run:
                 precision=self.resident.precision,
             ),
             data=summarise.data_facts(self.data, self.truncated, simulation_of(manifest).partitioner),
+            measured_on="public records" if self.data.public else "the sites' held-out records",
             sites=summarise.site_facts(manifest, self.data, done, self.alone, self.alone_held_out),
             rounds=rounds,
             selected_round=self._selected(),

@@ -203,7 +203,7 @@ def _line(event: Event, run: _Run) -> str | None:
         case RoundFinished():
             parts = _round_parts(event, run)
         case RoundValidated():
-            parts = [f"round {event.round}/{run.total}", "held-out records", *_figures(event.figures)]
+            parts = [f"round {event.round}/{run.total}", "validation", *_figures(event.figures)]
         case BaselineFinished():
             parts = ["test set", event.baseline, *_figures(event.figures)]
         case RunStopped():

@@ -111,7 +111,8 @@ def loss_curves(rounds: Sequence[RoundFacts], selected: int) -> Drawing | None:
         for (name, values), (colour, marker), line in zip(curves.items(), LOOKS[:2], ("-", "--"), strict=True):
             if _any_finite(values):
                 style = {"color": colour, "marker": marker, "linestyle": line}
-                axes.plot(numbers, values, label=name, markevery=_marker_step(numbers), **style)
+                places, heights = _known(numbers, values)
+                axes.plot(places, heights, label=name, markevery=_marker_step(places), **style)
         _mark_selected(axes, numbers, selected)
         _label_rounds(axes, "loss")
         axes.legend()
@@ -143,11 +144,12 @@ def metric_curve(rounds: Sequence[RoundFacts], metric: str, selected: int) -> Dr
     title = metric_title(metric)
     with _canvas("metric") as canvas:
         axes = canvas.axes(WIDTH, 2.9)
-        axes.plot(numbers, values, "D-", color=GREEN, label="validation", markevery=_marker_step(numbers))
+        places, heights = _known(numbers, values)
+        axes.plot(places, heights, "D-", color=GREEN, label="validation", markevery=_marker_step(places))
         _mark_selected(axes, numbers, selected)
         _label_rounds(axes, title)
         axes.legend()
-    return Drawing(canvas.svg, f"Line over the rounds: {title} on held-out records {_course(values)}.")
+    return Drawing(canvas.svg, f"Line over the rounds: {title} {_course(values)}.")
 
 
 def site_validation(site: SiteFacts, selected: int) -> dict[str, float] | None:
@@ -407,6 +409,12 @@ def _label_rounds(axes: Any, title: str) -> None:
 def _mark_selected(axes: Any, numbers: Sequence[int], selected: int) -> None:
     if selected in numbers:
         axes.axvline(selected, color=GREY, linestyle=":", linewidth=1.6, label=f"selected: round {selected}", zorder=1)
+
+
+def _known(numbers: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """The rounds that were measured: with evaluation.every above 1 a line joins them over those that were not."""
+    known = [(number, value) for number, value in zip(numbers, values, strict=True) if math.isfinite(value)]
+    return [number for number, _ in known], [value for _, value in known]
 
 
 def _marker_step(numbers: Sequence[int]) -> int:

@@ -117,7 +117,7 @@ def _without_test(summary: RunSummary, metric: str) -> str:
     if value is None:
         return f"{trained[-1]} rounds of training were finished; no {metric_title(metric)} on the test set is known."
     reached = f"The adapter of round {chosen.round} reached {metric_title(metric)} {figure_text(value)}"
-    return f"{reached} on the sites' held-out records; no figure on the test set is known."
+    return f"{reached} on {summary.measured_on}; no figure on the test set is known."
 
 
 def _difference(value: float, other: float, metric: str) -> str:

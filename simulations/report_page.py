@@ -153,9 +153,9 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <p class="callout" role="note">{{ summary.overfitting }}</p>
 {% endif %}
 <div class="plots">
-{{ drawing(plots.loss, "Loss on the sites' training records and on their held-out records. Round 0 is the first adapter, before any training.", "No loss is known.") }}
+{{ drawing(plots.loss, "Loss on the sites' training records and on " ~ summary.measured_on ~ ". Round 0 is the first adapter, before any training.", "No loss is known.") }}
 {% if chooser != "loss" %}
-{{ drawing(plots.metric, "The metric that chooses between rounds, " ~ chooser | metric ~ ", on the sites' held-out records" ~ ("; lower is better." if chooser in lower_is_better else "."), "No validation figures are known.") }}
+{{ drawing(plots.metric, "The metric that chooses between rounds, " ~ chooser | metric ~ ", on " ~ summary.measured_on ~ ("; lower is better." if chooser in lower_is_better else "."), "No validation figures are known.") }}
 {% endif %}
 </div>
 {% if rounds %}

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from client.protection import Population, protected_units, published
@@ -35,6 +35,7 @@ class FederationData:
     held_out: dict[str, list[Record]]
     test: list[Record]
     cleaning: Cleaning
+    public: list[Record] = field(default_factory=list)
 
     def splits(self) -> dict[str, list[Record]]:
         """All records by split."""
@@ -72,6 +73,11 @@ def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationDa
         if name is not None or section.source is not None:
             parts[split], cleaned = _records(manifest, name, split, folders)
             cleaning += cleaned
+    public: list[Record] = []
+    if manifest.evaluation.public is not None:
+        public, _ = _records(manifest, manifest.evaluation.public, "public", folders)
+        if not public:
+            raise DataError("evaluation.public: the file holds no records")
     require_disjoint_units(parts)
     train = _first_units(train, section.max_records)
     test = parts.get("test", [])
@@ -95,7 +101,7 @@ def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationDa
     for site, records in owned.items():
         if not records:
             raise DataError(f"site {site!r} has no training records; use fewer sites or another partitioner")
-    return FederationData(owned, held_out, test, cleaning)
+    return FederationData(owned, held_out, test, cleaning, public)
 
 
 def _records(

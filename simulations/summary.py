@@ -191,6 +191,9 @@ class RunSummary(Facts):
     metrics: list[str] = Field(description="reported metrics; the first one chooses between rounds")
     model: BaseModelFacts
     data: DataFacts
+    measured_on: Literal["the sites' held-out records", "public records"] = Field(
+        "the sites' held-out records", description="what validation figures are of"
+    )
     sites: list[SiteFacts]
     rounds: list[RoundFacts] = Field(description="finished rounds from round 0")
     selected_round: int = Field(description="round whose adapter is the result")

@@ -301,6 +301,11 @@ class EvaluationSection(Section):
     holdout: Fraction = Field(
         0.1, description="share of each site's units kept out of training to measure on, where no dev file is given"
     )
+    public: FileName | None = Field(
+        None,
+        description="file of public records to measure on instead, which belong to no site; with privacy nothing else"
+        " is measured during a run",
+    )
     every: int = Field(1, ge=1, description="rounds from one measuring to the next; the last round is always measured")
     max_records: int = Field(500, ge=1, description="most held-out records that a site measures on in a round")
     batch_size: int = Field(64, ge=1, le=65536, description="records in one forward pass when measuring")
@@ -408,9 +413,10 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _nothing_private_chooses(self) -> Self:
-        if self.privacy is not None and self.evaluation.select == "best":
+        if self.privacy is not None and self.evaluation.select == "best" and self.evaluation.public is None:
             raise ValueError(
-                "evaluation.select must be 'last' with privacy: a choice by private records tells about them"
+                "evaluation.select must be 'last' with privacy: a choice by private records tells about them;"
+                " evaluation.public names public ones"
             )
         return self
 

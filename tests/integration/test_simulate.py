@@ -388,8 +388,14 @@ def private(new_world: Callable[[], World], encoder: Path) -> dict[str, Ended]:
     Ledger(real).charge(Account("patients", 3.0, 1e-5), charge, ["u1", "u2"])
     before = {path.name: path.read_bytes() for path in real.iterdir()}
     ended = {}
-    for name, setting in (("private", "clip=0.5"), ("known", "unsafe_seed=1"), ("again", "unsafe_seed=1")):
-        options = ["--set", "privacy.epsilon=3", "--set", f"privacy.{setting}", "--run-id", name]
+    write_rows(world.folder / "public.jsonl", clauses("public", 10, dict.fromkeys(SKEW, "abc")))
+    for name, settings in (
+        ("private", ["privacy.clip=0.5"]),
+        ("known", ["privacy.unsafe_seed=1"]),
+        ("watched", ["evaluation.public=public.jsonl", "evaluation.every=2"]),
+    ):
+        options = [part for setting in ["privacy.epsilon=3", *settings] for part in ("--set", setting)]
+        options += ["--run-id", name]
         process = world.start("simulate", "federation.toml", *options)
         ended[name] = wait_for(process, world.folder / "runs" / name)
     assert {path.name: path.read_bytes() for path in real.iterdir()} == before
@@ -435,6 +441,17 @@ def test_with_privacy_no_exact_figure_leaves_a_site(private: dict[str, Ended]) -
     finished = [json.loads(line) for line in events.read_text().splitlines() if '"site_finished"' in line]
     assert len(finished) == 9
     assert all(event["train_loss"] is None and event["examples"] == 32 for event in finished)
+
+
+@pytest.mark.slow
+def test_public_records_show_how_a_private_run_goes(private: dict[str, Ended]) -> None:
+    summary = private["watched"].summary
+    measured = [facts.round for facts in summary.rounds if facts.validation]
+    assert measured == [0, 2, 3]
+    assert all(0 <= facts.validation["accuracy"] <= 1 for facts in summary.rounds if facts.validation)
+    assert not any(any(site.validation) for site in summary.sites)
+    assert summary.measured_on == "public records"
+    assert "and on public records" in (private["watched"].run / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -356,3 +356,29 @@ def test_sites_measure_only_as_often_as_agreed(world: Callable[..., World], ever
     assert [request.header.evaluate for kind, site, request in it.sites.requests if kind == "train"][::3] == asked
     measured = [number for number, wanted in enumerate(asked) if wanted]
     assert [event.round for event in it.of(RoundValidated)] == [*measured, 5]  # the last adapter is always measured
+
+
+def test_with_public_records_no_site_is_asked_to_measure(tmp_path: Path, manifest_for: Callable[..., Manifest]) -> None:
+    manifest = manifest_for(training={"rounds": 3}, evaluation={"every": 2, "metrics": ["accuracy"]})
+    sites, seen = Sites(), []
+
+    def public(adapter: AdapterState) -> dict[str, float]:
+        seen.append(state_digest(adapter))
+        return {"records": 4.0, "correct": float(len(seen))}
+
+    store = store_in(tmp_path)
+    coordinator = Coordinator(
+        manifest,
+        run_id="run",
+        sites=list(PULL),
+        first=FIRST,
+        channel=sites,
+        store=store,
+        report=lambda event: None,
+        public=public,
+    )
+    coordinator.run()
+    assert [coordinator.validation(done).get("accuracy") for done in coordinator.rounds] == [0.25, None, 0.5, 0.75]
+    assert seen == [state_digest(store.load_round(number)) for number in (0, 2, 3)]
+    asked = [request.header for _, _, request in sites.requests]
+    assert all(isinstance(header, RoundStart) and not header.evaluate for header in asked)
