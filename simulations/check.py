@@ -96,7 +96,7 @@ def training_bytes(manifest: Manifest, model: Resident) -> int:
 
     Base in float32; adapter with gradient and two moments (16 bytes a parameter); activations of one micro-batch of
     the longest inputs, s b h (34 + 5 a s / h) bytes for each layer in 16 bit (Korthikanti et al. 2022, section 4.1),
-    twice that in 32 bit; a fifth of it with gradient checkpointing.
+    twice that in 32 bit; a fifth of it with gradient checkpointing. With privacy also a gradient for each record.
     """
     config = next((module.config for module in model.model.modules() if isinstance(module, PreTrainedModel)), None)
     layers = int(getattr(config, "num_hidden_layers", 12))
@@ -107,4 +107,5 @@ def training_bytes(manifest: Manifest, model: Resident) -> int:
     activations *= (2 if model.precision == "fp32" else 1) * (0.2 if manifest.training.gradient_checkpointing else 1)
     parameters = sum(parameter.nbytes for parameter in model.model.parameters())
     trained = sum(parameter.numel() for parameter in model.model.parameters() if parameter.requires_grad)
-    return int(parameters + 16 * trained + activations)
+    of_each_record = 4 * trained * batch if manifest.privacy is not None else 0
+    return int(parameters + 16 * trained + of_each_record + activations)

@@ -2,12 +2,13 @@
 
 Three engines do it; which one is chosen by what trains.
 
-*linear*: the gradient of a linear layer's weight is a sum over the batch of products of outputs' gradients and inputs.
+*layers*: the gradient of a linear layer's weight is a sum over the batch of products of outputs' gradients and inputs.
 The sum is left out in the one backward pass that training does anyway: a batched product gives every example's
-gradient at the cost of the usual one, and `p.grad` is not made. For adapters all of whose parameters are linear layers.
+gradient at the cost of the usual one, and `p.grad` is not made. The same for layer norms. For adapters all of whose
+parameters belong to such layers.
 
 *vmap*: the gradient of one example's loss as a function, mapped over the batch by torch.func. For parameters outside
-linear layers: virtual tokens, biases of norms, factors, embeddings.
+these layers: virtual tokens, factors, embeddings, norms of other kinds.
 
 *single*: one backward pass for each example. Slow, always right; where the model's code cannot be mapped.
 """
@@ -30,7 +31,7 @@ from common.tasks.task import Batch, Example, Task
 
 __all__ = ["Engine", "EngineName", "engine_of", "per_sample_gradients"]
 
-EngineName = Literal["linear", "vmap", "single"]
+EngineName = Literal["layers", "vmap", "single"]
 
 # (task, examples, precision): leaves `grad_sample`, (examples, *p.shape) in float32, in every trained parameter.
 Engine = Callable[[Task, Sequence[Example], str], None]
@@ -55,17 +56,37 @@ class _Linear(torch.autograd.Function):
         examples = x.shape[0]
         outer = gradient.reshape(examples, -1, gradient.shape[-1])
         inner = x.reshape(examples, -1, x.shape[-1])
-        _stash(ctx.weight, torch.bmm(outer.transpose(1, 2), inner))
-        if ctx.bias is not None:
+        if ctx.weight.requires_grad:
+            _stash(ctx.weight, torch.bmm(outer.transpose(1, 2), inner))
+        if ctx.bias is not None and ctx.bias.requires_grad:
             _stash(ctx.bias, outer.sum(1, dtype=torch.float32))
         down = gradient @ ctx.weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
         return down, None, None
 
 
+class _Affine(torch.autograd.Function):
+    """x * weight + bias, the end of a layer norm, whose backward pass stashes per-example gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias = weight, bias
+        return x * weight if bias is None else torch.addcmul(bias, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        (x,) = ctx.saved_tensors
+        outer = gradient.reshape(x.shape[0], -1, x.shape[-1])
+        if ctx.weight.requires_grad:
+            _stash(ctx.weight, (outer * x.reshape(outer.shape)).sum(1, dtype=torch.float32))
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            _stash(ctx.bias, outer.sum(1, dtype=torch.float32))
+        return (gradient * ctx.weight if ctx.needs_input_grad[0] else None), None, None
+
+
 def _stash(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add to what is there: a layer that is used twice gives the sum of both uses."""
-    if not parameter.requires_grad:
-        return
     before = getattr(parameter, "grad_sample", None)
     gradient = gradient.float()
     parameter.grad_sample = gradient if before is None else before + gradient  # type: ignore[attr-defined]
@@ -80,9 +101,9 @@ def engine_of(model: nn.Module) -> EngineName:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrivacyError(f"{name} is a batch normalisation: it mixes the records of a batch; use another base")
-    covered = {id(p) for layer in _linear_layers(model) for p in layer.parameters()}
+    covered = {id(p) for layer in _covered_layers(model) for p in layer.parameters()}
     if all(id(p) in covered for p in model.parameters() if p.requires_grad):
-        return "linear"
+        return "layers"
     # Recomputing activations needs a backward pass of the usual kind, which vmap has not.
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return "single" if checkpointed else "vmap"
@@ -117,18 +138,24 @@ def _summed_loss(model: nn.Module, task: Task, batch: Batch, precision: str) -> 
     return task.losses(output, batch).sum()
 
 
-def _linear_layers(model: nn.Module) -> list[nn.Linear]:
-    return [m for m in model.modules() if type(m) is nn.Linear and any(p.requires_grad for p in m.parameters())]
+def _covered_layers(model: nn.Module) -> list[nn.Linear | nn.LayerNorm]:
+    """The layers with trained parameters that the engine can patch, by exact type: a subclass may do otherwise."""
+    return [
+        module
+        for module in model.modules()
+        if (type(module) is nn.Linear or (type(module) is nn.LayerNorm and len(module.normalized_shape) == 1))
+        and any(parameter.requires_grad for parameter in module.parameters())
+    ]
 
 
 @contextlib.contextmanager
 def _by_layer(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Engine]:
     device = next(model.parameters()).device
-    layers = _linear_layers(model)
+    layers = _covered_layers(model)
     covered = {id(p) for layer in layers for p in layer.parameters()}
     missing = [name for name, p in parameters.items() if id(p) not in covered]
     if missing:
-        raise PrivacyError(f"the engine for linear layers gives no per-record gradients of {missing[0]}")
+        raise PrivacyError(f"the engine 'layers' gives no per-record gradients of {missing[0]}")
 
     def gradients(task: Task, examples: Sequence[Example], precision: str) -> None:
         for parameter in parameters.values():
@@ -144,11 +171,15 @@ def _by_layer(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator
             del layer.forward
 
 
-def _patched(layer: nn.Linear) -> Any:
-    def forward(x: Tensor) -> Any:
-        return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+def _patched(layer: nn.Linear | nn.LayerNorm) -> Any:
+    if isinstance(layer, nn.Linear):
+        return lambda x: _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
 
-    return forward
+    def norm(x: Tensor) -> Any:
+        normal = functional.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
+        return _Affine.apply(normal, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+
+    return norm
 
 
 @contextlib.contextmanager
@@ -201,7 +232,7 @@ def _mapped(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[E
         yield gradients
 
 
-_OPENED = {"linear": _by_layer, "vmap": _mapped, "single": _one_by_one}
+_OPENED = {"layers": _by_layer, "vmap": _mapped, "single": _one_by_one}
 
 ATTENTION = "coadapt_sdpa"
 

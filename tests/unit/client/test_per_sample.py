@@ -159,7 +159,31 @@ def test_a_batch_normalised_model_is_refused() -> None:
         pass
 
 
-def test_the_engine_for_linear_layers_refuses_other_parameters_by_name() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    with pytest.raises(PrivacyError, match=r"gives no per-record gradients of 1\.weight"):
-        per_sample_gradients(model, "linear").__enter__()
+def test_the_engine_for_layers_refuses_other_parameters_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4))
+    with pytest.raises(PrivacyError, match=r"'layers' gives no per-record gradients of 1\.weight"):
+        per_sample_gradients(model, "layers").__enter__()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norms_give_the_gradients_of_each_record(bias: bool, half: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, bias=bias), nn.Linear(4, 4), nn.LayerNorm(4, bias=bias))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(3, 5, 6)
+
+    def loss(rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return model(rows).float().sin().sum()
+
+    with per_sample_gradients(model, "layers"):
+        loss(x).backward()
+        found = {name: p.grad_sample.clone() for name, p in model.named_parameters()}
+    for place in range(3):
+        oracle = torch.autograd.grad(loss(x[place : place + 1]), list(model.parameters()))
+        for (name, gradients), expected in zip(found.items(), oracle, strict=True):
+            difference = float((gradients[place] - expected).norm())
+            assert difference <= (0.05 if half else 1e-5) * float(expected.norm()) + 1e-6, name

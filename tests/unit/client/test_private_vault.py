@@ -1,6 +1,7 @@
 """A vault under privacy: charged before it trains, and nothing computed from records leaves but the noised change."""
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from client.ledger import Ledger
+from client.policy import load_policy
 from client.protection import Population, Protection, mechanism, protected_units, published
 from client.records import write_records
 from client.resident import resident
@@ -233,3 +235,40 @@ def test_killed_at_twenty_moments_the_ledger_holds_all_that_was_released(
         entries = Ledger(tmp_path / "ledger").entries()  # opens, and its chain holds
         assert len(entries) >= 1 + len(list((tmp_path / "released").iterdir()))
     assert len(list((tmp_path / "released").iterdir())) >= 5
+
+
+def test_a_vault_opens_by_its_sites_policy(manifest_for: Manifests, tmp_path: Path) -> None:
+    rows = [{"patient": f"p{n // 2}", "note": f"clause {n} of it", "kind": "abc"[n % 3]} for n in range(24)]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "site.toml").write_text(
+        """\
+version = 1
+name = "st-anna"
+[data]
+train = "notes.jsonl"
+columns = { text = "note", label = "kind", unit = "patient" }
+[population]
+name = "patients"
+unit = "patient"
+units = 10
+epsilon = 8.0
+delta = 1e-3
+"""
+    )
+    manifest = private(manifest_for)
+    policy = load_policy(tmp_path / "site.toml")
+    vault = Vault.of(policy, manifest, log=tmp_path / "log")
+    first = first_state(resident(manifest).model, 0)
+    header = {
+        "manifest_sha256": manifest.digest(),
+        "run_id": "run",
+        "round": 1,
+        "adapter_sha256": state_digest(first),
+    }
+    start = encode(Envelope(header=RoundStart(**header, evaluate=False), tensors=first))
+    answer = decode(vault.answer(start, SiteState())[0])
+    assert isinstance(answer.header, RoundDone), (tmp_path / "log").read_text()
+    (entry,) = Ledger(tmp_path / "ledger").entries()
+    assert (entry.charge.population, entry.charge.unit, entry.simulated) == ("patients", "patient", False)
+    with pytest.raises(PrivacyError, match="protects each 'matter', the population 'patients'"):
+        Vault.of(policy, private(manifest_for, unit="matter"), log=tmp_path / "log")

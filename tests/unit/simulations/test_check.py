@@ -206,4 +206,9 @@ def test_the_memory_estimate_grows_with_what_it_depends_on(manifest_file: Callab
     assert estimate("training.batch_size=8", "training.micro_batch_size=2") == usual
     assert estimate("data.max_length=64") > usual
     assert estimate("training.gradient_checkpointing=true") < usual
+    private = estimate("privacy.epsilon=8")
+    trained = sum(
+        p.numel() for p in resident(pinned(load_manifest(manifest_file()))).model.parameters() if p.requires_grad
+    )
+    assert private - usual == 4 * trained * load_manifest(manifest_file()).training.batch_size
     assert size_text(usual).endswith("MB")
