@@ -176,8 +176,9 @@ def _patched(layer: nn.Linear | nn.LayerNorm) -> Any:
         return lambda x: _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
 
     def norm(x: Tensor) -> Any:
-        normal = functional.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
-        return _Affine.apply(normal, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        normal = functional.layer_norm(x.float(), layer.normalized_shape, None, None, layer.eps)
+        result: Tensor = _Affine.apply(normal, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        return result.to(x.dtype)
 
     return norm
 

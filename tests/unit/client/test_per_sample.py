@@ -186,4 +186,4 @@ def test_layer_norms_give_the_gradients_of_each_record(bias: bool, half: bool) -
         oracle = torch.autograd.grad(loss(x[place : place + 1]), list(model.parameters()))
         for (name, gradients), expected in zip(found.items(), oracle, strict=True):
             difference = float((gradients[place] - expected).norm())
-            assert difference <= (0.05 if half else 1e-5) * float(expected.norm()) + 1e-6, name
+            assert difference <= (0.02 if half else 1e-5) * float(expected.norm()) + 1e-6, name
