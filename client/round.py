@@ -115,7 +115,7 @@ def _train_privately(
     train_head_alone(resident.model, start.round <= section.head_rounds)
     units = list(site.units.values())
     randomness = protection.randomness(site.name, start.run_id, start.round)
-    if state.last_round in (0, section.head_rounds):  # what trains is new
+    if state.last_round == 0 or state.last_round <= section.head_rounds < start.round:  # what trains is new
         check_randomness(protection.mechanism, randomness, len(units))
         check_gradients(resident.model, resident.task, units, resident.precision)
     seed_dropout(section.seed, site.name, start.round)

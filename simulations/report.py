@@ -14,7 +14,7 @@ from common.config.manifest import LOWER_IS_BETTER
 from common.durable import write_text
 from simulations import plots
 from simulations.report_page import PAGE
-from simulations.summary import RunSummary, SiteFacts, TableRow
+from simulations.summary import ComparedFacts, RunSummary, SiteFacts, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
 __all__ = ["main_result", "privacy_result", "render", "utility_result", "write_report"]
@@ -91,16 +91,14 @@ def utility_result(summary: RunSummary) -> str:
     other = next((value for name, value in values.items() if name.startswith("federated, ")), None)
     if ours is None or other is None or not math.isfinite(ours) or not math.isfinite(other):
         return ""
-    who = f"The same federation with {_setting(summary)}"
+    who = f"The same federation with {_setting(summary, summary.compared)}"
     return (
         f"{who} reached {metric_title(metric)} {figure_text(other)}: {_difference(other, ours, metric)} the released."
     )
 
 
-def _setting(summary: RunSummary) -> str:
+def _setting(summary: RunSummary, facts: ComparedFacts) -> str:
     """What the second federation has that the first has not."""
-    facts = summary.compared
-    assert facts is not None  # noqa: S101  # whoever calls has looked
     if facts.privacy is not None and summary.privacy is None:
         return f"privacy (epsilon {facts.privacy.epsilon:g} for each {facts.privacy.unit} and site)"
     if facts.privacy is None and summary.privacy is not None:

@@ -272,3 +272,17 @@ delta = 1e-3
     assert (entry.charge.population, entry.charge.unit, entry.simulated) == ("patients", "patient", False)
     with pytest.raises(PrivacyError, match="protects each 'matter', the population 'patients'"):
         Vault.of(policy, private(manifest_for, unit="matter"), log=tmp_path / "log")
+
+
+def test_what_trains_is_checked_anew_after_the_head_also_by_a_site_that_missed_the_change(
+    manifest_for: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = private(manifest_for).model_copy(
+        update={"training": private(manifest_for).training.model_copy(update={"rounds": 4, "head_rounds": 2})}
+    )
+    site, checked = Site(tmp_path, manifest), []
+    monkeypatch.setattr("client.round.check_gradients", lambda *_: checked.append(number))
+    for last, number in ((0, 1), (1, 3), (3, 4)):  # round 2 was sat out
+        answer, _ = site.ask(number, SiteState(last_round=last))
+        assert isinstance(answer.header, RoundDone)
+    assert checked == [1, 3]
