@@ -254,7 +254,10 @@ class TrainingSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of every unit at its site, for the whole run; without this table there is none."""
+    """Differential privacy of every unit at its site, for the whole run; without this table there is none.
+
+    A table [privacy.settings] may hold other settings, such as training.batch_size = 400, that take the place of the
+    file's own while epsilon is finite: under noise large batches and few steps are better."""
 
     epsilon: float = Field(
         gt=0,
