@@ -51,9 +51,9 @@ def step_of(limit: float, bits: int) -> float:
     """
     if not 1 <= bits <= MOST_BITS:
         raise VectorRefused(f"values can have 1 to {MOST_BITS} bits, not {bits}")
-    if not (math.isfinite(limit) and limit > 0 and 2 * limit / (2**bits - 1) > 0 and math.isfinite(2 * limit)):
+    if not (math.isfinite(limit) and limit > 0 and limit / float(2**bits) > 0 and math.isfinite(2 * limit)):
         raise VectorRefused(f"a range must be a positive number, not {limit!r}")
-    return 2 * limit / (2**bits - 1)
+    return 2 * limit / float(2**bits - 1)
 
 
 def quantise(

@@ -3,7 +3,10 @@
 import enum
 import struct
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from common.codec.vector import VectorSpec
 from common.errors import MalformedMessage, PolicyRefused
@@ -76,6 +79,8 @@ _FIELDS = struct.Struct("<HHHHHHHHQHHBBBI32s32s32s32s")
 @dataclass(frozen=True, kw_only=True)
 class RoundConfig:
     """All numbers of a round, in the order of their canonical bytes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="hex", val_json_bytes="hex")
 
     sites: int
     """n, how many are invited."""
@@ -178,7 +183,7 @@ class RoundConfig:
         """
         if len(data) != _FIELDS.size:
             raise MalformedMessage(f"a round's configuration has {_FIELDS.size} bytes, not {len(data)}")
-        config = cls(**dict(zip(cls.__dataclass_fields__, _FIELDS.unpack(data), strict=True)))
+        config = cls(**dict(zip((field.name for field in fields(cls)), _FIELDS.unpack(data), strict=True)))
         if config.version != 1:
             raise MalformedMessage(f"a round's configuration is of version {config.version}; both sides need version 1")
         return config
@@ -206,7 +211,7 @@ class RoundConfig:
                 raise PolicyRefused(f"the round's {name} is {found} and must be {least} or more; nothing was sent")
         if self.degree != self._safe_degree():
             raise PolicyRefused(f"{self.sites} sites need another graph of masks than {self.degree}; nothing was sent")
-        equal = (
+        equal: tuple[tuple[str, int | bytes, int | bytes], ...] = (
             ("words", self.words, agreed.spec.words),
             ("bits", self.bits, agreed.spec.bits),
             ("lane bits", self.lane_bits, agreed.spec.lanes.lane_bits),
@@ -217,8 +222,8 @@ class RoundConfig:
             ("manifest", self.manifest_hash, agreed.manifest_hash),
             ("privacy mechanism", self.dp_digest, agreed.dp_digest),
         )
-        for name, found, known in equal:
-            if found != known:
+        for name, told, known in equal:
+            if told != known:
                 raise PolicyRefused(f"the round's {name} is not the one that this site knows; nothing was sent")
         if self.sites > agreed.spec.sites:
             raise PolicyRefused(f"{self.sites} sites are invited and the lanes hold sums over {agreed.spec.sites}")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from pydantic import ConfigDict
+
 from common.errors import MalformedMessage
 from common.identity import SIGNATURE_BYTES, Identity, verify
 from common.roster import FEDERATION_BYTES, MOST_INSTITUTIONS
@@ -56,9 +58,11 @@ ADVERTISE_BYTES = _HEADER.size + 4 * KEY_BYTES + SIGNATURE_BYTES
 CONFIRM_BYTES = _HEADER.size + HASH_BYTES + SIGNATURE_BYTES
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Turn:
     """Which attempt at which round of which federation a message belongs to."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_bytes="hex", val_json_bytes="hex")
 
     federation: bytes
     epoch: int
