@@ -134,10 +134,10 @@ def unseal(key: bytes, nonce: bytes, sealed: bytes, associated: bytes) -> bytes:
 
 
 class Keystream:
-    """The AES-256-CTR keystream of a key (NIST SP 800-38A, section 6.5), from counter block zero. A key serves once."""
+    """The AES-256-CTR keystream of a key (NIST SP 800-38A, section 6.5). A key serves once, from counter block zero."""
 
-    def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+    def __init__(self, key: bytes, counter: bytes = bytes(16)) -> None:
+        self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
 
     def into(self, buffer: memoryview, count: int) -> None:
         """Write the next `count` bytes (at most 262,144) into a buffer that is at least 16 bytes larger."""
