@@ -24,7 +24,9 @@ def roster_of(count: int = 5, *, min_sites: int = 3, max_colluding: int = 0) -> 
 
 
 def signed_by_all(roster: Roster) -> SignedRoster:
-    signatures = {entry.site: IDENTITIES[entry.site].sign(b"coadapt roster/1", roster.digest()) for entry in roster.institutions}
+    signatures = {
+        entry.site: IDENTITIES[entry.site].sign(b"coadapt roster/1", roster.digest()) for entry in roster.institutions
+    }
     return SignedRoster(roster=roster, signatures=signatures)
 
 
@@ -60,7 +62,12 @@ def test_every_signature_is_needed_and_must_be_its_own(site: int) -> None:
     without = {other: signature for other, signature in signed.signatures.items() if other != site}
     with pytest.raises(RosterRefused, match=f"site {site} .* has not signed"):
         accept(replace(signed, signatures=without))
-    for wrong in (signed.signatures[(site + 1) % 5], bytes(64), b"", IDENTITIES[site].sign(b"other", signed.roster.digest())):
+    for wrong in (
+        signed.signatures[(site + 1) % 5],
+        bytes(64),
+        b"",
+        IDENTITIES[site].sign(b"other", signed.roster.digest()),
+    ):
         with pytest.raises(RosterRefused, match=f"signature of site {site}"):
             accept(replace(signed, signatures={**signed.signatures, site: wrong}))
 

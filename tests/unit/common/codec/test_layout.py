@@ -7,7 +7,9 @@ from common.codec.layout import Layout, chosen
 from common.errors import AdapterError
 from common.randomness import seeded
 
-SHAPES = st.dictionaries(st.text(max_size=5), st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5)
+SHAPES = st.dictionaries(
+    st.text(max_size=5), st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5
+)
 
 
 def state_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -53,7 +55,9 @@ def test_a_part_of_a_state_can_be_chosen() -> None:
         chosen(state, ["c"])
 
 
-@pytest.mark.parametrize("tensors", [(), (("b", (1,)), ("a", (1,))), (("a", (1,)), ("a", (2,))), (("a", (0,)),), (("a", (-1,)),)])
+@pytest.mark.parametrize(
+    "tensors", [(), (("b", (1,)), ("a", (1,))), (("a", (1,)), ("a", (2,))), (("a", (0,)),), (("a", (-1,)),)]
+)
 def test_a_layout_that_is_none_is_refused(tensors: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
     with pytest.raises(AdapterError):
         Layout(tensors)

@@ -25,7 +25,8 @@ from common.secure_sum.thresholds import least_survivors, threshold
 
 
 @pytest.mark.parametrize(
-    ("sites", "colluding", "expected"), [(2, 0, 2), (3, 0, 3), (4, 0, 3), (10, 0, 7), (10, 3, 7), (10, 6, 9), (100, 33, 67)]
+    ("sites", "colluding", "expected"),
+    [(2, 0, 2), (3, 0, 3), (4, 0, 3), (10, 0, 7), (10, 3, 7), (10, 6, 9), (100, 33, 67)],
 )
 def test_known_thresholds(sites: int, colluding: int, expected: int) -> None:
     assert threshold(sites, colluding) == expected

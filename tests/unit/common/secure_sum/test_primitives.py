@@ -160,7 +160,9 @@ def test_a_fingerprint_is_short_and_its_own() -> None:
 
 def test_labels_and_parts_are_kept_apart() -> None:
     secret = bytes(32)
-    keys = [derive(secret, label, *parts) for label in Label for parts in ((), (b"",), (b"a", b"b"), (b"ab",), (b"ab", b""))]
+    keys = [
+        derive(secret, label, *parts) for label in Label for parts in ((), (b"",), (b"a", b"b"), (b"ab",), (b"ab", b""))
+    ]
     hashes = [digest(label, *parts) for label in Label for parts in ((), (b"",), (b"a", b"b"), (b"ab",), (b"ab", b""))]
     assert len(set(keys + hashes)) == len(keys) + len(hashes)
     assert len({label.value for label in Label}) == len(Label)

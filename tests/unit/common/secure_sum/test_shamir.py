@@ -65,7 +65,9 @@ def test_shares_are_drawn_anew_and_uniform() -> None:
 
 
 def test_coefficients_above_the_prime_are_drawn_again() -> None:
-    draws = iter([(2**257 - 93).to_bytes(33, "little"), (2**257 - 1).to_bytes(33, "little"), (5).to_bytes(33, "little")])
+    draws = iter(
+        [(2**257 - 93).to_bytes(33, "little"), (2**257 - 1).to_bytes(33, "little"), (5).to_bytes(33, "little")]
+    )
     shares = split((7).to_bytes(32, "little"), [0, 1], 2, lambda count: next(draws))
     assert [int.from_bytes(shares[holder], "little") for holder in (0, 1)] == [12, 17]
 
@@ -91,7 +93,9 @@ def test_too_few_too_many_or_malformed_shares_are_refused() -> None:
         combine({0: (2**256).to_bytes(33, "little")}, 1)
 
 
-@pytest.mark.parametrize(("holders", "threshold", "liars"), [(8, 7, 1), (10, 7, 2), (10, 7, 1), (40, 27, 1), (40, 27, 5)])
+@pytest.mark.parametrize(
+    ("holders", "threshold", "liars"), [(8, 7, 1), (10, 7, 2), (10, 7, 1), (40, 27, 1), (40, 27, 5)]
+)
 def test_wrong_shares_are_found_and_named(holders: int, threshold: int, liars: int) -> None:
     secret = b"s" * 32
     shares = split(secret, range(holders), threshold)
