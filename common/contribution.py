@@ -106,22 +106,25 @@ def projection_shapes(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]],
 
 
 def contribution(manifest: Manifest, before: Arrays, after: Arrays, accepted: int) -> AdapterState:
-    """What a site sends first: `before` is the adapter as it came, `after` what training made of its newest pairs."""
+    """What a site sends first: `before` is the adapter as it came, `after` what training made of its newest pairs.
+
+    Where products are sent, the pairs of `after` may have a rank of their own.
+    """
     start = newest(before, manifest.adapter.rank)
-    phase = phase_of(manifest, accepted)
+    method, phase = manifest.aggregation_method, phase_of(manifest, accepted)
     names = trained_names(after, phase)
-    sent: AdapterState = {name: after[name] - start[name] for name in names}
-    if manifest.aggregation_method in ("dense", "sketch") and phase is Phase.ALL:
-        factor = scale(manifest.adapter)
-        for pair in pairs_of(names):
-            del sent[pair.a], sent[pair.b]
-            if manifest.aggregation_method == "dense":
-                product = _product(after[pair.b], after[pair.a]) - _product(start[pair.b], start[pair.a])
-                sent[pair.name("BA")] = (factor * product).astype(np.float32)
-            else:
-                omega = sketch_matrix(manifest, pair.a, start[pair.a], len(start[pair.b]), accepted)
-                through = after[pair.a].astype(np.float64) @ omega
-                sent[pair.name("Y")] = (factor * (after[pair.b].astype(np.float64) @ through)).astype(np.float32)
+    pairs = pairs_of(names) if method in ("dense", "sketch") else ()
+    factors = {name for pair in pairs for name in pair}
+    sent: AdapterState = {name: after[name] - start[name] for name in names if name not in factors}
+    factor = scale(manifest.adapter)
+    for pair in pairs:
+        if method == "dense":
+            product = _product(after[pair.b], after[pair.a]) - _product(start[pair.b], start[pair.a])
+            sent[pair.name("BA")] = (factor * product).astype(np.float32)
+        else:
+            omega = sketch_matrix(manifest, pair.a, start[pair.a], len(start[pair.b]), accepted)
+            through = after[pair.a].astype(np.float64) @ omega
+            sent[pair.name("Y")] = (factor * (after[pair.b].astype(np.float64) @ through)).astype(np.float32)
     return sent
 
 

@@ -100,7 +100,10 @@ def below(state: Mapping[str, npt.NDArray[np.float32]], rank: int) -> AdapterSta
 
 def stacked(under: Mapping[str, npt.NDArray[np.float32]], top: Mapping[str, npt.NDArray[np.float32]]) -> AdapterState:
     """The state whose newest pairs are those of `top`, on the pairs of `under`; B A becomes the sum of both."""
+    axes = {"A": 0, "B": 1}
     return {
-        name: np.concatenate([under[name], array], axis=0 if factor_of(name) == "A" else 1) if name in under else array
+        name: np.concatenate([under[name], array], axis=axes[factor])
+        if (factor := factor_of(name)) and name in under
+        else array
         for name, array in top.items()
     }

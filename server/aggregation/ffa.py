@@ -65,4 +65,4 @@ def begun_anew(adapter: AdapterState, rank: int, seed: int) -> AdapterState:
         generator = seeded(seed, "refresh", part, pair.a)
         top[pair.a] = generator.uniform(-bound, bound, top[pair.a].shape).astype(np.float32)
         top[pair.b] = np.zeros_like(top[pair.b])
-    return stacked({name: adapter[name] for pair in pairs_of(adapter) for name in pair}, top)
+    return stacked(adapter, top)
