@@ -25,9 +25,9 @@ def relay(message: Message, context: Context, vault: AnswersEnvelopes, *, state_
     its site in several runs keeps a state for each, by name.
     """
     record = context.state.config_records.get(state_name)
-    state = SiteState(**{key: int(value) for key, value in record.items()}) if record else SiteState()  # type: ignore[arg-type]
+    state = SiteState(**record) if record else SiteState()  # type: ignore[arg-type]
     answer, state = vault.answer(unpack(message.content), state)
-    context.state[state_name] = ConfigRecord({"cursor": state.cursor, "last_round": state.last_round})
+    context.state[state_name] = ConfigRecord(vars(state))
     return Message(pack(answer), reply_to=message)
 
 

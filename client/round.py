@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from safetensors.numpy import load as tensors_from_bytes
+from safetensors.numpy import save as tensors_to_bytes
+
 from client.protection import Protection
 from client.resident import Resident
 from client.sampling import batches
@@ -11,17 +14,19 @@ from client.state import SiteState
 from client.training.loop import train
 from client.training.preflight import check_gradients, check_moved, check_randomness
 from client.training.private import train_private
-from common.adapters import get_state, set_state, train_head_alone, trained_parameters
+from common.adapters import get_state, set_state, train_only
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
+from common.contribution import contribution, phase_of, products, projection, projection_shapes, trained_names
 from common.errors import MessageError
 from common.evaluation import measure
-from common.messages import Envelope, Evaluate, Evaluated, RoundDone, RoundStart
+from common.factors import newest, scale
+from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, RoundDone, RoundStart
 from common.metrics import Counts
 from common.randomness import seed_dropout
 from common.tasks.task import Example
 
-__all__ = ["SiteData", "evaluate", "train_round"]
+__all__ = ["SiteData", "evaluate", "project", "train_round"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,11 @@ def train_round(
     state: SiteState,
     protection: Protection | None,
 ) -> tuple[Envelope, SiteState]:
-    """Answer a RoundStart with the change of the adapter; with privacy, what the round costs is charged before.
+    """Answer a RoundStart with what the site contributes; with privacy, what the round costs is charged before.
 
     Raises:
         MessageError: the round came before, lies outside the run, or the adapter is not the one announced.
+        AdapterError: the adapter does not fit the model.
         NotFiniteLoss: training diverged.
         BudgetError, LedgerError, PrivacyError: the site's budget or a check of the mechanism forbids to train.
     """
@@ -57,13 +63,15 @@ def train_round(
     # 1. Check what came: a round is answered once, and only for the adapter it speaks of.
     if not state.last_round < start.round <= section.rounds:
         raise MessageError(f"round {start.round} must follow round {state.last_round} and be at most {section.rounds}")
+    if start.accepted >= start.round:  # what trains follows from it, and privacy would pay for training the wrong part
+        raise MessageError(f"round {start.round} follows on fewer aggregations than {start.accepted}")
     _check_adapter(envelope, start.adapter_sha256)
     if protection is not None:
         return _train_privately(envelope, start, manifest, site, resident, state, protection)
     # 2. Measure the adapter as it arrived, on records that are never trained on.
     set_state(resident.model, envelope.tensors)
     counts = _counts(manifest, site, resident) if start.evaluate else {}
-    train_head_alone(resident.model, start.round <= section.head_rounds)
+    train_only(resident.model, trained_names(envelope.tensors, phase_of(manifest, start.accepted)))
     # 3. Train the agreed number of steps, going on in the site's records where the last round ended.
     seed_dropout(section.seed, site.name, start.round)
     outcome = train(
@@ -77,9 +85,8 @@ def train_round(
         total_steps=section.rounds * section.local_steps,
         precision=resident.precision,
     )
-    # 4. Reply with the change alone.
+    # 4. Reply with the contribution alone.
     after = get_state(resident.model)
-    change: AdapterState = {name: after[name] - envelope.tensors[name] for name in after}
     header = RoundDone(
         manifest_sha256=start.manifest_sha256,
         run_id=start.run_id,
@@ -93,8 +100,9 @@ def train_round(
         noise_multiplier=None,
         sampling_rate=None,
     )
+    sent = contribution(manifest, envelope.tensors, after, start.accepted)
     moved = replace(state, cursor=state.cursor + outcome.examples, last_round=start.round)
-    return Envelope(header=header, tensors=change), moved
+    return Envelope(header=header, tensors=sent), _keeping(moved, manifest, after, start.accepted)
 
 
 def _train_privately(
@@ -112,10 +120,12 @@ def _train_privately(
     protection.charge(start.run_id, start.round, site.units)
     # 3. Train the agreed number of noised steps; before the first ones what the guarantee rests on is checked.
     set_state(resident.model, envelope.tensors)
-    train_head_alone(resident.model, start.round <= section.head_rounds)
+    phase = phase_of(manifest, start.accepted)
+    trained = trained_names(envelope.tensors, phase)
+    train_only(resident.model, trained)
     units = list(site.units.values())
     randomness = protection.randomness(site.name, start.run_id, start.round)
-    if state.last_round == 0 or state.last_round <= section.head_rounds < start.round:  # what trains is new
+    if not state.checked & phase:  # what trains is new
         check_randomness(protection.mechanism, randomness, len(units))
         check_gradients(resident.model, resident.task, units, resident.precision)
     seed_dropout(section.seed, site.name, start.round)
@@ -133,8 +143,8 @@ def _train_privately(
     )
     # 4. Reply with the change, and beside it with public numbers alone.
     after = get_state(resident.model)
-    trained = [name for name, p in trained_parameters(resident.model).items() if p.requires_grad]
-    check_moved({name: envelope.tensors[name] for name in trained}, after)
+    before = newest(envelope.tensors, manifest.adapter.rank)
+    check_moved({name: before[name] for name in trained}, after)
     header = RoundDone(
         **start.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"}),
         records=protection.units,
@@ -145,8 +155,31 @@ def _train_privately(
         noise_multiplier=protection.round.noise_multiplier,
         sampling_rate=protection.round.sampling_rate,
     )
-    change: AdapterState = {name: after[name] - envelope.tensors[name] for name in after}
-    return Envelope(header=header, tensors=change), replace(state, last_round=start.round)
+    sent = contribution(manifest, envelope.tensors, after, start.accepted)
+    moved = replace(state, last_round=start.round, checked=state.checked | phase)
+    return Envelope(header=header, tensors=sent), _keeping(moved, manifest, after, start.accepted)
+
+
+def _keeping(state: SiteState, manifest: Manifest, after: AdapterState, accepted: int) -> SiteState:
+    """The state with the trained pairs where the round has a second sum, and without any where it has none."""
+    second = projection_shapes(manifest, {name: array.shape for name, array in after.items()}, accepted)
+    return replace(state, kept=tensors_to_bytes(products(after)) if second else b"")
+
+
+def project(envelope: Envelope, request: Project, manifest: Manifest, state: SiteState) -> tuple[Envelope, SiteState]:
+    """Answer a Project with the second part of the round's contribution, once.
+
+    With privacy this costs nothing more: it is computed from the noised factors alone.
+
+    Raises:
+        MessageError: the site did not train in this round, or has answered already.
+        AdapterError: the basis does not fit the pairs.
+    """
+    if request.round != state.last_round or not state.kept:
+        raise MessageError(f"round {request.round} has no second sum to come from this site")
+    sent = projection(scale(manifest.adapter), tensors_from_bytes(state.kept), envelope.tensors)
+    header = Projected(**request.model_dump(exclude={"kind"}))
+    return Envelope(header=header, tensors=sent), replace(state, kept=b"")
 
 
 def evaluate(envelope: Envelope, request: Evaluate, manifest: Manifest, site: SiteData, resident: Resident) -> Envelope:

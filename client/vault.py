@@ -10,11 +10,11 @@ from client.policy import SitePolicy
 from client.protection import Population, Protection, protected_units
 from client.records import read_records
 from client.resident import resident
-from client.round import SiteData, evaluate, train_round
+from client.round import SiteData, evaluate, project, train_round
 from client.state import SiteState
 from common.config.manifest import Columns, Manifest
 from common.errors import MessageError, PrivacyError, error_code
-from common.messages import Envelope, Evaluate, Refused, RoundStart, decode, encode
+from common.messages import Envelope, Evaluate, Project, Refused, RoundStart, decode, encode
 from common.records import Record
 from common.tasks.task import Example
 
@@ -106,6 +106,8 @@ class Vault:
         model = resident(self._manifest)
         if isinstance(header, RoundStart):
             return train_round(request, header, self._manifest, self._site, model, state, self._protection)
+        if isinstance(header, Project):
+            return project(request, header, self._manifest, state)
         if isinstance(header, Evaluate):
             return evaluate(request, header, self._manifest, self._site, model), state
         raise MessageError(f"a site does not answer {header.kind!r}")

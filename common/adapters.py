@@ -5,11 +5,13 @@ PEFT's own where PEFT has a file format for the method, else the places in the t
 send and receive; their order is the sorted order of the names.
 """
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,12 +22,14 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as safetensors_bytes
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from common.adapter_methods import Prompted, add_adapter
 from common.codec.state import AdapterState
 from common.config.manifest import AdapterSection, Manifest
 from common.errors import AdapterError, ModelError
+from common.factors import below, depth, factor_of, is_head, newest, pairs_of
 from common.models import Base, load_task_model
 from common.randomness import seeded
 
@@ -38,6 +42,7 @@ __all__ = [
     "save_adapter",
     "set_state",
     "train_head_alone",
+    "train_only",
     "trained_parameters",
 ]
 
@@ -54,7 +59,7 @@ def attach(model: nn.Module, section: AdapterSection) -> nn.Module:
 
 
 def get_state(model: nn.Module) -> AdapterState:
-    """A copy of the adapter and head, by PEFT's names in sorted order."""
+    """A copy of the adapter and head, by PEFT's names in sorted order; of stacked pairs the newest alone."""
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True).numpy()
         for name, parameter in trained_parameters(model).items()
@@ -64,11 +69,20 @@ def get_state(model: nn.Module) -> AdapterState:
 def set_state(model: nn.Module, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Put an adapter and head into the model, which keeps its base.
 
+    Low-rank pairs may be stacks, of a rank that is a multiple of the model's: their newest part goes into the model's
+    own pairs, which train, and the rest computes beside them.
+
     Raises:
         AdapterError: a tensor is missing, unknown or of another shape.
     """
     parameters = trained_parameters(model)
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    rank = next((shape[0] for name, shape in expected.items() if factor_of(name) == "A"), 0)
+    under: AdapterState = {}
+    with contextlib.suppress(AdapterError):  # where these are no stacks, what is wrong is said below
+        if rank and expected.keys() == state.keys():
+            under = below(state, rank)
+            state = newest(state, rank)
     found = {name: tuple(array.shape) for name, array in state.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
@@ -76,9 +90,41 @@ def set_state(model: nn.Module, state: Mapping[str, npt.NDArray[np.float32]]) ->
             f"the adapter does not fit the model: {wrong} has shape {found.get(wrong, 'none')},"
             f" the model needs {expected.get(wrong, 'none')}"
         )
+    _set_stack(model, under)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(state[name])))  # a copy: it may be read-only
+
+
+def _set_stack(model: nn.Module, under: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Let every low-rank layer add what the pairs below its own compute; none where there are none."""
+    if not under and model not in _stacking:
+        return
+    parameters = trained_parameters(model)
+    lora = [cast(Any, layer) for layer in model.modules() if hasattr(layer, "lora_A")]
+    layers = {id(layer.lora_A["default"].weight): layer for layer in lora}
+    for pair in pairs_of(parameters):
+        layer = layers[id(parameters[pair.a])]
+        if model not in _stacking:
+            layer.register_forward_hook(_through_stack)
+        device = parameters[pair.a].device
+        tensors = [torch.from_numpy(np.array(under[name])).to(device) for name in pair] if under else None
+        layer.pairs_below = tensors
+    _stacking[model] = True
+
+
+def _through_stack(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """output + scale x B (A x): a hook, and not one more adapter of PEFT's, of which a base has one head each."""
+    pairs = cast(list[Tensor] | None, layer.pairs_below)
+    if pairs is None:
+        return output
+    a, b = pairs
+    inner = functional.linear(inputs[0].to(a.dtype), a)
+    scaling = cast(dict[str, float], layer.scaling)["default"]
+    return output + (functional.linear(inner, b.to(inner.dtype)) * scaling).to(output.dtype)
+
+
+_stacking: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -102,15 +148,15 @@ _named: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionar
 _as_loaded: WeakKeyDictionary[nn.Module, AdapterState] = WeakKeyDictionary()
 
 
-def is_head(name: str) -> bool:
-    """Whether a trained parameter of this name belongs to the task's head."""
-    return _HEAD.search(name) is not None
+def train_only(model: nn.Module, names: Collection[str]) -> None:
+    """Let the adapter's tensors of these names train, and freeze the others."""
+    for name, parameter in trained_parameters(model).items():
+        parameter.requires_grad_(name in names)
 
 
 def train_head_alone(model: nn.Module, alone: bool) -> None:
     """Freeze what is trained but the task's head, or let all of it train again."""
-    for name, parameter in trained_parameters(model).items():
-        parameter.requires_grad_(not alone or is_head(name))
+    train_only(model, [name for name in trained_parameters(model) if not alone or is_head(name)])
 
 
 def first_state(model: nn.Module, seed: int) -> AdapterState:
@@ -137,7 +183,6 @@ def first_state(model: nn.Module, seed: int) -> AdapterState:
     return state
 
 
-_HEAD = re.compile(r"(^|\.)(head|classifier|score)\.")
 _NEW = re.compile(r"(^|\.)(lora_[AB]|prompt_encoder|bottleneck|head|classifier|score)\.")
 _ZERO = re.compile(r"\.(lora_B|bottleneck\.up)\.")
 
@@ -156,6 +201,7 @@ def _words(model: nn.Module, width: int) -> list[torch.Tensor]:
 def save_adapter(folder: Path, model: nn.Module, state: AdapterState, base: Base, manifest: Manifest) -> None:
     """Write `adapter_model.safetensors` and `coadapt.json` into an existing folder, for PEFT `adapter_config.json` too.
 
+    Stacked pairs are stored as one pair of the rank of all together, with the same factor before B A.
     `load_adapter` reads every method's; `PeftModel.from_pretrained(load_task_model(base, manifest), folder)` those that
     have PEFT's file: the low-rank methods and IA3.
     """
@@ -163,6 +209,10 @@ def save_adapter(folder: Path, model: nn.Module, state: AdapterState, base: Base
         config = model.peft_config["default"]
         values = {**config.to_dict(), "base_model_name_or_path": base.name, "revision": manifest.model.revision}
         values["inference_mode"] = True
+        parts = depth({name: array.shape for name, array in state.items()}, manifest.adapter.rank)
+        if parts > 1:
+            root = math.sqrt(parts) if manifest.adapter.method == "rslora" else parts
+            values |= {"r": manifest.adapter.rank * parts, "lora_alpha": manifest.adapter.alpha * root}
         (folder / "adapter_config.json").write_text(
             json.dumps(values, indent=2, sort_keys=True, default=_plain) + "\n", encoding="utf-8"
         )

@@ -16,7 +16,19 @@ from safetensors.numpy import save as tensors_to_bytes
 
 from common.errors import MessageError
 
-__all__ = ["Envelope", "Evaluate", "Evaluated", "Header", "Refused", "RoundDone", "RoundStart", "decode", "encode"]
+__all__ = [
+    "Envelope",
+    "Evaluate",
+    "Evaluated",
+    "Header",
+    "Project",
+    "Projected",
+    "Refused",
+    "RoundDone",
+    "RoundStart",
+    "decode",
+    "encode",
+]
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 
@@ -35,15 +47,17 @@ class RoundStart(_Header):
     """Coordinator to site: train from the adapter in the tensors.
 
     `evaluate` asks the site to measure that adapter on its held-out records first. How many steps to take is agreed
-    in the manifest and not the coordinator's to say.
+    in the manifest and not the coordinator's to say. `accepted` is the number of aggregations that went into the
+    adapter; what trains in the round follows from it (`common/contribution.py`).
     """
 
     kind: Literal["round_start"] = "round_start"
     evaluate: bool
+    accepted: int = Field(ge=0)
 
 
 class RoundDone(_Header):
-    """Site to coordinator: the change of the adapter is in the tensors.
+    """Site to coordinator: what the site contributes is in the tensors (`common/contribution.py`).
 
     `records` is the number of training records, the weight in the mean. `loss` is the mean over the round's steps.
     `counts` are those of the received adapter on held-out records, empty if none were asked for or are held out.
@@ -62,6 +76,18 @@ class RoundDone(_Header):
     seconds: float = Field(ge=0)
     noise_multiplier: float | None
     sampling_rate: float | None
+
+
+class Project(_Header):
+    """Coordinator to site: the round's first sum has given a basis, which is in the tensors, for its second sum."""
+
+    kind: Literal["project"] = "project"
+
+
+class Projected(_Header):
+    """Site to coordinator: the products that it trained in the round, projected on the basis, are in the tensors."""
+
+    kind: Literal["projected"] = "projected"
 
 
 class Evaluate(_Header):
@@ -84,7 +110,9 @@ class Refused(_Header):
     code: str = Field(pattern=r"^[A-Za-z0-9_:]{1,80}$")
 
 
-Header = Annotated[RoundStart | RoundDone | Evaluate | Evaluated | Refused, Field(discriminator="kind")]
+Header = Annotated[
+    RoundStart | RoundDone | Project | Projected | Evaluate | Evaluated | Refused, Field(discriminator="kind")
+]
 _HEADERS: TypeAdapter[Any] = TypeAdapter(Header)
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "EventSink",
     "PhaseStarted",
     "RoundFinished",
+    "RoundRejected",
     "RoundStarted",
     "RoundValidated",
     "RunStarted",
@@ -115,6 +116,19 @@ class RoundFinished(Event):
     bytes_up: int
     bytes_down: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRejected(Event):
+    """A guard rejected what the sites of round `round` sent together; the adapter stays as it was.
+
+    `setting` is the guard, max_norm or accept_drop; `value` was found, `bound` is the most it allows.
+    """
+
+    round: int
+    setting: str
+    value: float
+    bound: float
 
 
 @dataclass(frozen=True, kw_only=True)

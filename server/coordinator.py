@@ -3,25 +3,40 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
+from common.contribution import contribution_shapes, projection_shapes
 from common.errors import AdapterError, RoundError
-from common.messages import Envelope, Evaluate, Evaluated, Refused, RoundDone, RoundStart, encode
+from common.factors import newest
+from common.messages import (
+    Envelope,
+    Evaluate,
+    Evaluated,
+    Project,
+    Projected,
+    Refused,
+    RoundDone,
+    RoundStart,
+    encode,
+)
 from common.metrics import Counts, add, better, figures
 from common.progress import (
     EventSink,
     PhaseStarted,
     RoundFinished,
+    RoundRejected,
     RoundStarted,
     RoundValidated,
     SiteFailed,
     SiteFinished,
 )
-from server.aggregation.mean import WeightedMean
-from server.aggregation.momentum import ServerMomentum
+from server.aggregation.method import Collector, Mean, TwoSums
+from server.aggregation.methods import method_for
+from server.aggregation.optimiser import optimiser_for
 from server.channel import Channel, Reply
+from server.guards import Rejection, too_long, too_much_worse
 from server.run_store import RunStore
 
 __all__ = ["Coordinator", "SiteAnswer", "StoredRound"]
@@ -46,7 +61,10 @@ class SiteAnswer:
 
 @dataclass
 class StoredRound:
-    """A finished round as the coordinator knows it. `counts` are those of its adapter, by site, once they are in."""
+    """A finished round as the coordinator knows it. `counts` are those of its adapter, by site, once they are in.
+
+    A rejected round has the adapter of the round before it; `rejected` says why.
+    """
 
     number: int
     answers: list[SiteAnswer] = field(default_factory=list)
@@ -54,6 +72,7 @@ class StoredRound:
     bytes_down: int = 0
     seconds: float = 0.0
     counts: dict[str, Counts] = field(default_factory=dict)
+    rejected: Rejection | None = None
 
     @property
     def train_loss(self) -> float | None:
@@ -65,7 +84,12 @@ class StoredRound:
 class Coordinator:
     """Runs the rounds of one manifest over a channel. `rounds` grows as rounds are finished; [0] is the start.
 
-    `public` measures an adapter on public records; then no site is asked to measure.
+    `public` measures an adapter on public records; then no site is asked to measure. `accepted` is the number of
+    aggregations that went into `adapter`.
+
+    Raises:
+        AdapterError: the manifest's aggregation is not for adapters as large.
+        ExtensionError: a person's own aggregation cannot be loaded.
     """
 
     def __init__(
@@ -88,16 +112,22 @@ class Coordinator:
         self._channel = channel
         self._store = store
         self._report = report
-        self._step = ServerMomentum(manifest.aggregation.server_learning_rate, manifest.aggregation.server_momentum)
+        # Of what trains: an adapter of stacked pairs (`ffa`) is larger, and its newest pairs keep these shapes.
+        self._shapes = {name: array.shape for name, array in newest(first, manifest.adapter.rank).items()}
+        self._method = method_for(manifest, self._shapes)
+        self._step = optimiser_for(manifest.aggregation)
         self.adapter = first
+        self.accepted = 0
         self.rounds = [StoredRound(0)]
-        store.save_round(0, first)
+        store.save_round(0, first, {"accepted": 0})
 
     def run(self) -> AdapterState:
         """All rounds, and the adapter that the manifest selects.
 
         Raises:
-            RoundError: fewer sites than the manifest's least answered. Rounds that were finished stay stored.
+            RoundError: fewer sites than the manifest's least answered, or the guards rejected too many rounds one
+                after the other. Rounds that were finished stay stored.
+            ExtensionError: a person's own aggregation failed.
             Interrupted: the person asked to stop.
         """
         for number in range(1, self._manifest.training.rounds + 1):
@@ -110,29 +140,33 @@ class Coordinator:
         # 1. Invite every site with the present adapter.
         self._report(RoundStarted(round=number, sites=self._sites))
         measure = (number - 1) % self._manifest.evaluation.every == 0
-        start = RoundStart(**self._header(number), evaluate=measure and self._public is None)
-        if measure and self._public is not None:
+        start = RoundStart(**self._header(number), evaluate=measure and self._public is None, accepted=self.accepted)
+        if measure and self._public is not None and not self.rounds[-1].counts:
             self.rounds[-1].counts = {PUBLIC: self._public(self.adapter)}
         request = encode(Envelope(header=start, tensors=self.adapter))
-        # 2. Take in the changes as they come. A site that fails sits the round out; the others go on.
-        mean = WeightedMean(self.adapter)
+        # 2. Take in the contributions as they come. A site that fails sits the round out; the others go on.
+        collector = self._method.collector(contribution_shapes(self._manifest, self._shapes, self.accepted))
         done = StoredRound(number)
         for reply in self._channel.exchange(dict.fromkeys(self._sites, request), kind="train"):
-            self._take_in(reply, start, mean, done)
+            self._take_in(reply, start, collector, done)
         # 3. What the sites measured belongs to the adapter that they received.
         self._validated(self.rounds[-1])
         # 4. Too few answers end the run: their mean would be the work of a few, sold as that of all.
-        least = min(self._manifest.aggregation.min_sites, len(self._sites))
-        if len(done.answers) < least:
-            raise RoundError(
-                f"round {number}: {len(done.answers)} of {len(self._sites)} sites answered, aggregation.min_sites wants"
-                f" {least}; rounds before it are stored. Sites that failed: {_listed(done.failures)}"
-            )
-        # 5. Aggregate, and store before anyone hears of it.
-        self.adapter = self._step(self.adapter, mean.result())
+        self._require_enough(done)
+        # 5. The mean, from a second sum too where the method takes one.
+        mean: Mean = collector.result()
+        if isinstance(self._method, TwoSums) and (basis := self._method.basis(mean)):
+            mean = {**mean, **self._second_mean(start, basis, done)}
+            self._require_enough(done)
+        # 6. Aggregate, where the guards let it pass, and store before anyone hears of it.
+        done.rejected = self._aggregate(mean, done)
         done.seconds = time.monotonic() - began
-        done.bytes_down = len(request) * len(self._sites)
-        self._store.save_round(number, self.adapter)
+        done.bytes_down += len(request) * len(self._sites)
+        self._store.save_round(
+            number,
+            self.adapter,
+            {"accepted": self.accepted, **({"rejected": str(done.rejected)} if done.rejected else {})},
+        )
         self.rounds.append(done)
         self._report(
             RoundFinished(
@@ -145,16 +179,87 @@ class Coordinator:
                 seconds=done.seconds,
             )
         )
+        self._require_progress()
 
-    def _take_in(self, reply: Reply, start: RoundStart, mean: WeightedMean, done: StoredRound) -> None:
+    def _aggregate(self, mean: Mean, done: StoredRound) -> Rejection | None:
+        """Make the next adapter of the mean, or leave all as it was and say why."""
+        section, before = self._manifest.aggregation, self._step.state
+        rejected = too_long(section, self._method.length(self.adapter, mean))
+        if rejected is None:
+            adapter = self._method.after(self.adapter, mean, self.accepted, self._step)
+            if section.accept_drop is not None and self._public is not None:
+                done.counts = {PUBLIC: self._public(adapter)}
+                metric = self._manifest.metrics[0]
+                figure = [self.validation(each).get(metric, math.nan) for each in (self.rounds[-1], done)]
+                rejected = too_much_worse(section, metric, figure[0], figure[1])
+            if rejected is None:
+                self.adapter = adapter
+                self.accepted += 1
+                return None
+        self._step.state = before
+        # The adapter is the one of the round before, and so are its figures, where they are the coordinator's own.
+        done.counts = {} if self._public is None else dict(self.rounds[-1].counts)
+        self._report(
+            RoundRejected(round=done.number, setting=rejected.setting, value=rejected.value, bound=rejected.bound)
+        )
+        return rejected
+
+    def _require_enough(self, done: StoredRound) -> None:
+        least = min(self._manifest.aggregation.min_sites, len(self._sites))
+        if len(done.answers) < least:
+            raise RoundError(
+                f"round {done.number}: {len(done.answers)} of {len(self._sites)} sites answered, aggregation.min_sites"
+                f" wants {least}; rounds before it are stored. Sites that failed: {_listed(done.failures)}"
+            )
+
+    def _require_progress(self) -> None:
+        """End a run whose rounds are rejected one after the other: it pays, and learns nothing."""
+        most = self._manifest.aggregation.max_rejected
+        last = self.rounds[-most:]
+        if len(self.rounds) > most and all(done.rejected for done in last):
+            raise RoundError(
+                f"rounds {last[0].number} to {last[-1].number} were rejected one after the other, which"
+                f" aggregation.max_rejected = {most} does not allow; the last by {last[-1].rejected}; the adapter of"
+                f" round {last[0].number - 1} is stored. Lower the learning rates, or give the guard more room"
+            )
+
+    def _second_mean(self, start: RoundStart, basis: AdapterState, done: StoredRound) -> Mean:
+        """The mean of what the sites of the first sum make of the basis; who does not answer sits the round out."""
+        header = Project(**start.model_dump(include=set(_NAMES)))
+        request = encode(Envelope(header=header, tensors=basis))
+        collector = self._method.collector(projection_shapes(self._manifest, self._shapes, self.accepted))
+        first = {answer.site: answer for answer in done.answers}
+        done.bytes_down += len(request) * len(first)
+        done.answers = []
+        for reply in self._channel.exchange(dict.fromkeys(first, request), kind="train"):
+            answer = reply.envelope.header if reply.envelope else None
+            code = reply.code or (answer.code if isinstance(answer, Refused) else "message")
+            if isinstance(answer, Projected) and _answers(answer, header):
+                try:
+                    collector.add(reply.envelope.tensors if reply.envelope else {}, self._weight(first[reply.site]))
+                except AdapterError as error:
+                    code = error.code
+                else:
+                    both = first[reply.site]
+                    up, down = both.bytes_up + reply.bytes_up, both.bytes_down + reply.bytes_down
+                    done.answers.append(replace(both, bytes_up=up, bytes_down=down))
+                    continue
+            done.failures[reply.site] = code
+            self._report(SiteFailed(round=start.round, site=reply.site, code=code))
+        self._require_enough(done)
+        return collector.result()
+
+    def _weight(self, answer: "RoundDone | SiteAnswer") -> float:
+        return answer.records if self._manifest.aggregation.weighting == "records" else 1
+
+    def _take_in(self, reply: Reply, start: RoundStart, collector: Collector, done: StoredRound) -> None:
         header = reply.envelope.header if reply.envelope else None
         code = reply.code or (header.code if isinstance(header, Refused) else "message")
         if isinstance(header, RoundDone) and _answers(header, start):
-            by_records = self._manifest.aggregation.weighting == "records"
             try:
                 if header.loss is not None and not math.isfinite(header.loss):
                     raise AdapterError("the loss is not finite")
-                mean.add(reply.envelope.tensors if reply.envelope else {}, header.records if by_records else 1)
+                collector.add(reply.envelope.tensors if reply.envelope else {}, self._weight(header))
             except AdapterError as error:
                 code = error.code
             else:
@@ -191,7 +296,7 @@ class Coordinator:
         last = self.rounds[-1]
         self._report(PhaseStarted(phase="validation"))
         if self._public is not None:
-            last.counts = {PUBLIC: self._public(self.adapter)}
+            last.counts = last.counts or {PUBLIC: self._public(self.adapter)}
             self._validated(last)
             return
         header = Evaluate(**self._header(last.number))
@@ -236,10 +341,13 @@ class Coordinator:
         return best
 
 
-def _answers(header: RoundDone | Evaluated, request: RoundStart | Evaluate) -> bool:
+# What says what an envelope speaks of.
+_NAMES = ("manifest_sha256", "run_id", "round", "adapter_sha256")
+
+
+def _answers(header: RoundDone | Projected | Evaluated, request: RoundStart | Project | Evaluate) -> bool:
     """Whether a reply speaks of the very request: same manifest, run, round and adapter."""
-    same = ("manifest_sha256", "run_id", "round", "adapter_sha256")
-    return all(getattr(header, name) == getattr(request, name) for name in same)
+    return all(getattr(header, name) == getattr(request, name) for name in _NAMES)
 
 
 def _listed(failures: dict[str, str]) -> str:

@@ -2,14 +2,15 @@
 
 <run>/federation.toml     the manifest, with every digest filled in
 <run>/events.jsonl        what happened, a line each
-<run>/rounds/0003/        the adapter after round 3, in PEFT's format (0000: the first one)
+<run>/rounds/0003/        the adapter after round 3, in PEFT's format (0000: the first one); its round.json
+                          also says how many aggregations were accepted, and why one was rejected
 <run>/adapter/            the selected adapter
 <run>/summary.json        all figures
 <run>/report.html         the report
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -42,12 +43,12 @@ class RunStore:
         """Where the adapter after round `number` lies."""
         return self.folder / "rounds" / f"{number:04d}"
 
-    def save_round(self, number: int, adapter: AdapterState) -> None:
-        """Store the adapter after a round, durably."""
+    def save_round(self, number: int, adapter: AdapterState, facts: Mapping[str, int | str] | None = None) -> None:
+        """Store the adapter after a round, durably; `facts` go beside it. A rejected round's is the one before it."""
         with new_folder(self.round_folder(number)) as folder:
             self._write_adapter(folder, adapter)
-            facts = {"round": number, "adapter_sha256": state_digest(adapter)}
-            write_text(folder / "round.json", json.dumps(facts, indent=2) + "\n")
+            written = {**(facts or {}), "round": number, "adapter_sha256": state_digest(adapter)}
+            write_text(folder / "round.json", json.dumps(written, indent=2) + "\n")
 
     def load_round(self, number: int) -> AdapterState:
         """The adapter after a round.

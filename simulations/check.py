@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel
 from client.protection import mechanism
 from client.resident import Resident, resident
 from common.adapters import first_state
-from common.codec.state import state_digest
+from common.codec.state import AdapterState, state_digest
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
+from common.contribution import contribution_shapes, projection_shapes
 from common.messages import Envelope, Evaluate, encode
+from server.aggregation.methods import method_for
 from simulations.engine import WORKER_BYTES, find_metrics, pinned, plan_workers
 from simulations.sites import FederationData, label_counts, populations, read_federation
 from simulations.wording import count_text, size_text
@@ -36,7 +39,10 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     model = resident(manifest)
     state = first_state(model.model, manifest.training.seed)
     header = Evaluate(manifest_sha256=manifest.digest(), run_id="check", round=0, adapter_sha256=state_digest(state))
-    envelope = len(encode(Envelope(header=header, tensors=state)))
+    down = len(encode(Envelope(header=header, tensors=state)))
+    up = [bytes_up(manifest, state, header, accepted) for accepted in range(manifest.training.rounds)]
+    # Rounds that train other parts send other numbers of values; the last two rounds show both of `alternate`'s.
+    each_up = " or ".join(dict.fromkeys(map(size_text, sorted(up[-2:]))))
     section, everything = manifest.training, sum(parameter.numel() for parameter in model.model.parameters())
     trainable = sum(array.size for array in state.values())
     sites = len(federation.train) if federation else None
@@ -50,10 +56,11 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
         ("trainable", f"{count_text(trainable)} parameters, {100 * trainable / everything:.2f} % of all"),
         ("rounds", f"{section.rounds} of {section.local_steps} steps of {section.batch_size} records"),
         ("each site sees", f"{count_text(examples)} examples, repetitions counted"),
-        ("bytes of a round", f"{size_text(envelope)} down and {size_text(envelope)} up for each site"),
+        ("aggregation", _aggregation(manifest, state)),
+        ("bytes of a round", f"{size_text(down)} down and {each_up} up for each site"),
     ]
     if sites is not None:
-        rows.append(("bytes of the run", f"{size_text(2 * envelope * sites * section.rounds)} for {sites} sites"))
+        rows.append(("bytes of the run", f"{size_text((down * section.rounds + sum(up)) * sites)} for {sites} sites"))
     if federation and manifest.privacy is not None:
         rows.append(("privacy", _privacy(manifest, federation)))
     memory = training_bytes(manifest, model)
@@ -67,6 +74,31 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     if federation:
         console.print()
         console.print(_site_table(manifest, federation.train, federation.held_out, len(federation.test)))
+
+
+def bytes_up(manifest: Manifest, state: AdapterState, header: Evaluate, accepted: int) -> int:
+    """Bytes that a site sends in the round that follows on `accepted` aggregations, of both sums where there are two.
+
+    The metrics that a site may send beside its tensors are left out.
+    """
+    shapes = {name: array.shape for name, array in state.items()}
+    sent = (make(manifest, shapes, accepted) for make in (contribution_shapes, projection_shapes))
+    return sum(
+        len(
+            encode(Envelope(header=header, tensors={name: np.zeros(shape, np.float32) for name, shape in each.items()}))
+        )
+        for each in sent
+        if each
+    )
+
+
+def _aggregation(manifest: Manifest, state: AdapterState) -> str:
+    """The method and what it declares; an AdapterError or ExtensionError where it cannot be used."""
+    facts = method_for(manifest, {name: array.shape for name, array in state.items()}).facts
+    auto = " (auto)" if manifest.aggregation.method == "auto" else ""
+    needs = "each site's own change" if facts.needs == "individual" else f"{facts.sums} sum{'s' * (facts.sums > 1)}"
+    ranks = "may differ" if facts.mixed_ranks else "must be equal"
+    return f"{facts.name}{auto}; needs {needs}; exact: {facts.exact}; ranks {ranks}"
 
 
 def _privacy(manifest: Manifest, federation: FederationData) -> str:

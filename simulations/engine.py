@@ -44,6 +44,7 @@ from common.metrics import Counts, figures
 from common.models import find_base, load_tokenizer
 from common.progress import BaselineFinished, Event, EventLog, EventSink, PhaseStarted, RunStarted, RunStopped
 from common.tasks.causal_lm import prompt_digest
+from server.aggregation.methods import method_for
 from server.channel import FlowerChannel, Interrupted
 from server.coordinator import Coordinator
 from server.run_store import RunStore
@@ -118,7 +119,7 @@ def pinned(manifest: Manifest, *, pinning: bool = False) -> Manifest:
 
 
 def find_metrics(manifest: Manifest, search: Path) -> None:
-    """Import own metrics, with `search` as a last place to look, which workers are then told of too.
+    """Import own metrics and an own aggregation, with `search` as a last place to look; workers are then told of it.
 
     Raises:
         ExtensionError: one of them cannot be imported.
@@ -126,6 +127,8 @@ def find_metrics(manifest: Manifest, search: Path) -> None:
     for metric in manifest.metrics:
         if ":" in metric:
             load(metric, "metric", search=search)
+    if ":" in manifest.aggregation.method:
+        load(manifest.aggregation.method, "aggregation.method", search=search)
 
 
 def simulate(
@@ -286,12 +289,14 @@ class Run:
         model = resident(manifest)
         truncated = {split: model.task.encode(records).truncated for split, records in data.splits().items()}
         base_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
+        first = first_state(model.model, manifest.training.seed)
+        method_for(manifest, {name: array.shape for name, array in first.items()})  # refuses a base too large for it
         return cls(
             manifest=manifest,
             data=data,
             resident=model,
             plan=plan_workers(simulation.workers, sites=len(data.train), base_bytes=base_bytes),
-            first=first_state(model.model, manifest.training.seed),
+            first=first,
             truncated=truncated,
             baselines=simulation.baselines if baselines is None else baselines,
             began=began,
@@ -498,6 +503,7 @@ class Run:
                 precision=self.resident.precision,
             ),
             data=summarise.data_facts(self.data, self.truncated, simulation_of(manifest).partitioner),
+            aggregation=manifest.aggregation_method,
             measured_on="public records" if self.data.public else "the sites' held-out records",
             sites=summarise.site_facts(manifest, self.data, done, self.alone, self.alone_held_out),
             rounds=rounds,

@@ -25,6 +25,7 @@ from common.progress import (
     Event,
     PhaseStarted,
     RoundFinished,
+    RoundRejected,
     RoundStarted,
     RoundValidated,
     RunStarted,
@@ -81,7 +82,7 @@ class LiveView:
 
 
 def print_table(summary: RunSummary, console: Console) -> None:
-    """Print the comparison on the test set, best values marked, and the sites that sat rounds out."""
+    """Print the comparison on the test set, best values marked, rejected rounds, and the sites that sat rounds out."""
     if not summary.table:
         _print_plain(console, "No figures on the test set.")
     elif not _can_draw(console):
@@ -91,7 +92,7 @@ def print_table(summary: RunSummary, console: Console) -> None:
         table = _wide_table(summary)
         fits = Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width
         console.print(table if fits else _stacked_table(summary))
-    for line in _absences(summary):
+    for line in [*_rejections(summary), *_absences(summary)]:
         _print_plain(console, line)
 
 
@@ -122,6 +123,7 @@ class _Run:
     seconds: list[float] = field(default_factory=list)
     losses: dict[int, float | None] = field(default_factory=dict)
     validation: dict[int, dict[str, float]] = field(default_factory=dict)
+    rejected: set[int] = field(default_factory=set)
     measured: str = ""
     stopped: RunStopped | None = None
 
@@ -150,6 +152,8 @@ class _Run:
                 self.done = event.round
                 self.seconds.append(event.seconds)
                 self.losses[event.round] = event.train_loss
+            case RoundRejected():
+                self.rejected.add(event.round)
             case RoundValidated():
                 self.validation[event.round] = event.figures
             case BaselineFinished():
@@ -202,6 +206,9 @@ def _line(event: Event, run: _Run) -> str | None:
             parts = [f"round {event.round}/{run.total}", f"{event.site} sat out: {event.code}"]
         case RoundFinished():
             parts = _round_parts(event, run)
+        case RoundRejected():
+            found = f"{event.setting} allows {figure_text(event.bound)}, found {figure_text(event.value)}"
+            parts = [f"round {event.round}/{run.total}", f"rejected: {found}; the adapter stays"]
         case RoundValidated():
             parts = [f"round {event.round}/{run.total}", "validation", *_figures(event.figures)]
         case BaselineFinished():
@@ -314,7 +321,9 @@ def _round_table(run: _Run, rounds: Sequence[int], most: int, narrow: bool) -> T
     best = [best_places(values, metric) for values, metric in zip(columns, metrics, strict=True)]
     for place in range(len(rounds) - most, len(rounds)):
         figures = [_marked(values[place], place in places) for values, places in zip(columns, best, strict=True)]
-        table.add_row(str(rounds[place]), *figures, figure_text(run.losses.get(rounds[place])))
+        number = rounds[place]
+        named = f"{number} rejected" if number in run.rejected else str(number)
+        table.add_row(named, *figures, figure_text(run.losses.get(rounds[place])))
     return table
 
 
@@ -395,6 +404,10 @@ def _plain_table(summary: RunSummary) -> list[str]:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
     return "  ".join((cells[0].ljust(widths[0]), *others)).rstrip()
+
+
+def _rejections(summary: RunSummary) -> list[str]:
+    return [f"round {facts.round} was rejected: {facts.rejected}" for facts in summary.rounds if facts.rejected]
 
 
 def _absences(summary: RunSummary) -> list[str]:

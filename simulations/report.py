@@ -149,6 +149,7 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "local_known": any(site.local_only for site in summary.sites),
         "plots": _plots(summary, chooser),
         "rounds": summary.rounds[:MOST_ROWS],
+        "rejected": [facts for facts in summary.rounds if facts.rejected][:MOST_ROWS],
         "failures": summary.failures[:MOST_ROWS],
         "most_rows": MOST_ROWS,
         "bytes_up": sum(facts.bytes_up for facts in summary.rounds),

@@ -149,6 +149,9 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 
 <section id="learning" aria-labelledby="learning-title">
 <h2 id="learning-title">Learning over the rounds</h2>
+{% if rejected %}
+<p class="callout" role="note">Rejected, so that the adapter stayed as it was: {% for facts in rejected %}round {{ facts.round }} ({{ facts.rejected }}){{ ", " if not loop.last else "." }}{% endfor %}</p>
+{% endif %}
 {% if summary.overfitting %}
 <p class="callout" role="note">{{ summary.overfitting }}</p>
 {% endif %}
@@ -171,7 +174,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 </thead>
 <tbody>
 {% for facts in rounds %}
-<tr><th scope="row">{{ facts.round }}{{ " (selected)" if facts.round == summary.selected_round }}</th><td>{{ facts.train_loss | figure }}</td>
+<tr><th scope="row">{{ facts.round }}{{ " (selected)" if facts.round == summary.selected_round }}{{ " (rejected)" if facts.rejected }}</th><td>{{ facts.train_loss | figure }}</td>
 {% for name in summary.metrics %}<td>{{ facts.validation.get(name) | figure }}</td>{% else %}<td></td>{% endfor %}
 <td>{{ facts.answered }}</td><td>{{ facts.failed }}</td><td>{{ (facts.bytes_up + facts.bytes_down) | size }}</td><td>{{ facts.seconds | duration }}</td></tr>
 {% endfor %}
@@ -282,6 +285,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {% endif %}
 <h3>Records that cleaning changed or left out, and how sites were dealt theirs</h3>
 <dl>
+<dt>aggregation</dt><dd><code>{{ summary.aggregation }}</code></dd>
 <dt>partitioner</dt><dd><code>{{ summary.data.partitioner }}</code></dd>
 <dt>Unicode normalised</dt><dd>{{ summary.data.cleaning.normalised | count }}</dd>
 <dt>control characters removed</dt><dd>{{ summary.data.cleaning.control_characters | count }}</dd>

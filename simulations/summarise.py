@@ -74,6 +74,7 @@ def round_facts(coordinator: Coordinator) -> list[RoundFacts]:
             bytes_down=done.bytes_down,
             seconds=done.seconds,
             training_seconds=max((answer.seconds for answer in done.answers), default=0.0),
+            rejected=str(done.rejected or ""),
         )
         for done in coordinator.rounds
     ]

@@ -103,6 +103,9 @@ class RoundFacts(Facts):
     bytes_down: int
     seconds: float
     training_seconds: float = Field(description="longest time that one site spent in training steps")
+    rejected: str = Field(
+        "", description="why a guard rejected the round, whose adapter is then that of the round before; else empty"
+    )
 
 
 class TableRow(Facts):
@@ -191,6 +194,7 @@ class RunSummary(Facts):
     metrics: list[str] = Field(description="reported metrics; the first one chooses between rounds")
     model: BaseModelFacts
     data: DataFacts
+    aggregation: str = Field("separate", description="separate, alternate, ffa, sketch, dense, or an import path")
     measured_on: Literal["the sites' held-out records", "public records"] = Field(
         "the sites' held-out records", description="what validation figures are of"
     )

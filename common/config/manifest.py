@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT_REVISION",
     "DEFAULT_WEIGHTS_SHA256",
     "METRICS",
+    "PAIRED",
     "AdapterMethod",
     "AdapterSection",
     "AggregationSection",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelSection",
     "PrivacySection",
     "Section",
+    "SecureSumSection",
     "SimulationSection",
     "TaskSection",
     "TrainingSection",
@@ -43,6 +45,10 @@ METRICS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("bits_per_byte", "perplexity", "loss"),
 }
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+
+# Adapter methods whose tensors are pairs B, A with the update scale x B A. DoRA has pairs too, but divides by a norm of
+# base and update together, so that its function is not linear in their product.
+PAIRED = ("lora", "qlora", "rslora", "lora+prompt")
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
@@ -282,15 +288,67 @@ class PrivacySection(Section):
 class AggregationSection(Section):
     """How the coordinator combines what the sites send."""
 
-    method: Literal["mean"] = Field("mean", description="mean: weighted mean of the sites' changes to the adapter")
+    method: Literal["auto", "separate", "alternate", "ffa", "sketch", "dense"] | ImportPath = Field(
+        "auto",
+        description="how low-rank pairs B A are averaged (docs/aggregation.md): separate (A and B apart), alternate (B"
+        " and A in turn), ffa (B alone), sketch (products, in two sums), dense (products), or 'module:function' of"
+        " f(changes, weights) -> change; auto: alternate with privacy and low-rank pairs, else separate",
+    )
+    refresh_every: int | None = Field(
+        None, ge=1, description="ffa: accepted rounds after which the pair is kept as it is and a new one is begun"
+    )
     weighting: Literal["records", "uniform"] = Field("records", description="weight of a site in the mean")
+    server_optimizer: Literal["momentum", "adam", "yogi"] = Field(
+        "momentum", description="what the coordinator makes of the mean change: FedAvgM, FedAdam or FedYogi"
+    )
     server_learning_rate: float = Field(
-        1.0, gt=0, le=10, description="factor on the mean change; above 1 makes up for the few steps of a round"
+        1.0,
+        gt=0,
+        le=10,
+        description="factor on the coordinator's step; above 1 makes up for the few steps of a round; adam and yogi"
+        " need about 0.01",
     )
     server_momentum: float = Field(
         0.0, ge=0, lt=1, description="share of the last round's step that is added to this round's (FedAvgM)"
     )
+    server_beta1: float = Field(0.9, ge=0, lt=1, description="adam and yogi: decay of the mean of changes")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="adam and yogi: decay of the mean of squared changes")
+    server_tau: float = Field(
+        1e-3, gt=0, le=1, description="adam and yogi: added to the root of squared changes; smaller adapts more"
+    )
+    max_norm: float | None = Field(
+        None, gt=0, description="largest L2 norm of the mean change; a round with a larger one is rejected"
+    )
+    accept_drop: float | None = Field(
+        None,
+        ge=0,
+        description="most that the first metric on evaluation.public may worsen from the last accepted adapter; a round"
+        " that worsens it more is rejected",
+    )
+    max_rejected: int = Field(3, ge=1, description="rounds rejected one after the other that end the run")
     min_sites: int = Field(2, ge=1, description="fewest sites that must answer; with fewer the run stops")
+
+    @model_validator(mode="after")
+    def _settings_fit_the_method(self) -> Self:
+        if self.refresh_every is not None and self.method != "ffa":
+            raise ValueError(f"refresh_every must be left out with method {self.method!r}: it is a setting of ffa")
+        if self.server_momentum and self.server_optimizer != "momentum":
+            raise ValueError(
+                f"server_momentum must be 0 with server_optimizer {self.server_optimizer!r}, whose momentum is"
+                f" server_beta1; found {self.server_momentum}"
+            )
+        if self.method == "sketch" and (self.server_momentum or self.server_optimizer != "momentum"):
+            raise ValueError(
+                "method must be another than 'sketch' with server_momentum, adam or yogi: what they remember is as"
+                " large as the layers, which a sketch is there to avoid; take 'dense', or leave them out"
+            )
+        return self
+
+
+class SecureSumSection(Section):
+    """The coordinator learns the sum over all sites and nothing about one of them."""
+
+    enabled: bool = Field(False, description="whether the sites mask what they send")
 
 
 class EvaluationSection(Section):
@@ -391,6 +449,7 @@ class Manifest(Section):
     training: TrainingSection = Field(default_factory=TrainingSection)
     privacy: PrivacySection | None = None
     aggregation: AggregationSection = Field(default_factory=AggregationSection)
+    secure_sum: SecureSumSection = Field(default_factory=SecureSumSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     simulation: SimulationSection | None = None
 
@@ -422,6 +481,34 @@ class Manifest(Section):
                 " evaluation.public names public ones"
             )
         return self
+
+    @model_validator(mode="after")
+    def _the_aggregation_fits(self) -> Self:
+        method, adapter = self.aggregation.method, self.adapter.method
+        if method in ("alternate", "ffa", "sketch", "dense") and adapter not in PAIRED:
+            raise ValueError(
+                f"aggregation.method must be 'auto', 'separate' or 'module:function' with adapter.method {adapter!r},"
+                f" found {method!r}: it averages products of low-rank pairs; such pairs have {', '.join(PAIRED)}"
+            )
+        if ":" in method and self.secure_sum.enabled:
+            raise ValueError(
+                f"aggregation.method must be one of the built-in ones with secure_sum.enabled, found {method!r}: it"
+                " needs every site's change, and the coordinator learns their sum alone; choose 'auto', or turn the"
+                " secure sum off"
+            )
+        if self.aggregation.accept_drop is not None and self.evaluation.public is None:
+            raise ValueError(
+                "aggregation.accept_drop: needs evaluation.public, a file of public records to measure a round's"
+                " adapter on; without one, aggregation.max_norm guards"
+            )
+        return self
+
+    @property
+    def aggregation_method(self) -> str:
+        """The method of aggregation, with the choice that 'auto' makes."""
+        if self.aggregation.method != "auto":
+            return self.aggregation.method
+        return "alternate" if self.privacy is not None and self.adapter.method in PAIRED else "separate"
 
     @property
     def need_unit(self) -> bool:

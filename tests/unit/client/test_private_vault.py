@@ -23,7 +23,9 @@ from client.vault import Vault
 from common.adapters import first_state
 from common.codec.state import state_digest
 from common.config.manifest import Columns, Manifest
+from common.contribution import Phase
 from common.errors import BudgetError, DataError, PrivacyError
+from common.factors import factor_of
 from common.messages import Envelope, Evaluate, Evaluated, Refused, RoundDone, RoundStart, decode, encode
 from common.privacy.accounting import Steps, rdp_epsilon
 from common.records import TextRecord
@@ -68,7 +70,9 @@ class Site:
         }
 
     def ask(self, number: int, state: SiteState) -> tuple[Envelope, SiteState]:
-        request = encode(Envelope(header=RoundStart(**self.header(number), evaluate=True), tensors=self.first))
+        request = encode(
+            Envelope(header=RoundStart(**self.header(number), evaluate=True, accepted=number - 1), tensors=self.first)
+        )
         answer, state = self.vault.answer(request, state)
         return decode(answer), state
 
@@ -95,7 +99,9 @@ def test_what_leaves_is_the_change_and_public_numbers(manifest_for: Manifests, t
         assert header.seconds == int(header.seconds) > 0
         assert (header.noise_multiplier, header.sampling_rate) == (how.noise_multiplier, 0.4)
         assert all(np.abs(array).max() > 0 for array in answer.tensors.values())
-        assert state == SiteState(cursor=0, last_round=number)
+        # LoRA with privacy: the factors in turn, and what has been checked is remembered.
+        assert {factor_of(name) for name in answer.tensors} == {"", "BA"[number - 1]}
+        assert state == SiteState(cursor=0, last_round=number, checked=(Phase.B, Phase.A)[number - 1])
     held_out = Envelope(header=Evaluate(**site.header(1)), tensors=site.first)
     measured = decode(site.vault.answer(encode(held_out), SiteState())[0]).header
     assert isinstance(measured, Evaluated)
@@ -265,7 +271,7 @@ delta = 1e-3
         "round": 1,
         "adapter_sha256": state_digest(first),
     }
-    start = encode(Envelope(header=RoundStart(**header, evaluate=False), tensors=first))
+    start = encode(Envelope(header=RoundStart(**header, evaluate=False, accepted=0), tensors=first))
     answer = decode(vault.answer(start, SiteState())[0])
     assert isinstance(answer.header, RoundDone), (tmp_path / "log").read_text()
     (entry,) = Ledger(tmp_path / "ledger").entries()
@@ -278,11 +284,12 @@ def test_what_trains_is_checked_anew_after_the_head_also_by_a_site_that_missed_t
     manifest_for: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = private(manifest_for).model_copy(
-        update={"training": private(manifest_for).training.model_copy(update={"rounds": 4, "head_rounds": 2})}
+        update={"training": private(manifest_for).training.model_copy(update={"rounds": 6, "head_rounds": 2})}
     )
     site, checked = Site(tmp_path, manifest), []
     monkeypatch.setattr("client.round.check_gradients", lambda *_: checked.append(number))
-    for last, number in ((0, 1), (1, 3), (3, 4)):  # round 2 was sat out
-        answer, _ = site.ask(number, SiteState(last_round=last))
+    state = SiteState()
+    for number in (1, 3, 4, 5, 6):  # round 2 was sat out
+        answer, state = site.ask(number, state)
         assert isinstance(answer.header, RoundDone)
-    assert checked == [1, 3]
+    assert checked == [1, 3, 4]  # the head, B with it, A with it

@@ -84,7 +84,7 @@ class Site:
 
     def start(self, tensors: AdapterState | None = None, **changes: Any) -> bytes:
         state = self.first if tensors is None else tensors
-        header = RoundStart(**{"evaluate": True, **self.header(state, **changes)})
+        header = RoundStart(**{"evaluate": True, "accepted": 0, **self.header(state, **changes)})
         return encode(Envelope(header=header, tensors=state))
 
     def ask(self, data: bytes, state: SiteState | None = None) -> tuple[Envelope, SiteState, bytes]:
@@ -219,7 +219,7 @@ class TestRefusal:
 
     @pytest.mark.parametrize("kind", [RoundStart, Evaluate])
     def test_an_adapter_that_is_not_the_one_announced(self, site: Site, kind: Any) -> None:
-        extra = {"evaluate": True} if kind is RoundStart else {}
+        extra = {"evaluate": True, "accepted": 0} if kind is RoundStart else {}
         header = kind(**site.header(site.first, adapter_sha256="0" * 64), **extra)
         self.check(site, encode(Envelope(header=header, tensors=site.first)), "message")
 
@@ -298,7 +298,7 @@ class TestRelay:
         for number in (1, 2, 3):
             reply = relay(self.message(b"abc"), ours, Counter())  # a vault of its own each time: it keeps no state
             assert unpack(reply.content) == b"cba"
-            assert dict(ours.state.config_records["site"]) == {"cursor": 8 * number, "last_round": number}
+            assert dict(ours.state.config_records["site"]) == vars(SiteState(8 * number, number))
         relay(self.message(b"abc"), others, Counter())
         assert others.state.config_records["site"]["last_round"] == 1
 
@@ -315,7 +315,7 @@ class TestRelay:
         again = decode(unpack(relay(self.message(site.start()), ours, site.vault).content))
         assert isinstance(first.header, RoundDone)
         assert isinstance(again.header, Refused)  # the round was answered before
-        assert dict(ours.state.config_records["site"]) == {"cursor": 8, "last_round": 1}
+        assert dict(ours.state.config_records["site"]) == vars(SiteState(8, 1))
 
     def test_a_message_without_an_envelope_is_refused(self) -> None:
         ours = context()

@@ -17,7 +17,7 @@ COMMON = {"manifest_sha256": HEX, "run_id": st.text(max_size=20), "round": st.in
 NUMBER = st.floats() | st.integers(-(10**9), 10**9).map(float)
 COUNTS = st.dictionaries(st.text(max_size=10), NUMBER, max_size=4)
 HEADERS = st.one_of(
-    st.builds(RoundStart, **COMMON, evaluate=st.booleans()),
+    st.builds(RoundStart, **COMMON, evaluate=st.booleans(), accepted=st.integers(0, 9)),
     st.builds(
         RoundDone,
         **COMMON,

@@ -130,7 +130,9 @@ def test_the_bytes_of_a_round_are_those_of_real_envelopes(manifest_file: Callabl
     state = first_state(resident(manifest).model, 0)
     about = {"manifest_sha256": manifest.digest(), "run_id": "clinics-20260301-101500-ab12", "round": 4}
     down = encode(
-        Envelope(header=RoundStart(**about, adapter_sha256=state_digest(state), evaluate=True), tensors=state)
+        Envelope(
+            header=RoundStart(**about, adapter_sha256=state_digest(state), evaluate=True, accepted=3), tensors=state
+        )
     )
     counts = {f"{kind}/{label}": 12.0 for kind in ("tp", "fp", "fn") for label in range(3)}
     done = RoundDone(

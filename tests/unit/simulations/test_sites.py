@@ -365,7 +365,7 @@ def test_a_vault_serves_what_was_laid_out(tmp_path: Path, manifest_for: MakeMani
             held_out=folder / "held_out.jsonl",
             log=tmp_path / "log",
         )
-        start = Envelope(header=RoundStart(**common, round=1, evaluate=True), tensors=adapter)
+        start = Envelope(header=RoundStart(**common, round=1, evaluate=True, accepted=0), tensors=adapter)
         reply, _ = vault.answer(encode(start), SiteState())
         header = decode(reply).header
         assert isinstance(header, RoundDone)
