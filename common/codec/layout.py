@@ -17,16 +17,16 @@ __all__ = ["Layout", "chosen"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes in canonical order; `Layout.of(state)` makes one."""
+    """Names and shapes in canonical order; `Layout.of(state)` makes one. A sum of extras alone has no tensors."""
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.tensors]
-        if not names or names != sorted(set(names)):
-            raise AdapterError("a layout needs one or more tensors with distinct names in sorted order")
-        if any(side < 0 for _, shape in self.tensors for side in shape) or self.size < 1:
-            raise AdapterError("a layout needs at least one value and no negative shape")
+        if names != sorted(set(names)):
+            raise AdapterError("a layout needs tensors with distinct names in sorted order")
+        if any(side < 0 for _, shape in self.tensors for side in shape):
+            raise AdapterError("a layout needs tensors without negative shapes")
 
     @classmethod
     def of(cls, state: Mapping[str, npt.NDArray[Any]]) -> "Layout":

@@ -123,23 +123,31 @@ class RoundConfig:
 
     @classmethod
     def for_round(
-        cls, roster: Roster, invited: Sequence[int], agreed: Agreed, *, least_honest: int = 2, deadline: int = 600
+        cls,
+        roster: Roster,
+        invited: Sequence[int],
+        agreed: Agreed,
+        *,
+        least_honest: int = 2,
+        min_sites: int = 0,
+        deadline: int = 600,
     ) -> "RoundConfig":
-        """The configuration that follows from roster, invited sites and what is agreed.
+        """The configuration that follows from roster, invited sites and what is agreed; `min_sites` may ask for more
+        than the roster.
 
         Raises:
             PolicyRefused: so few sites cannot form a sum under the roster's rules, or the lanes hold fewer.
         """
-        count, colluding = len(invited), roster.max_colluding
+        count, colluding, least = len(invited), roster.max_colluding, max(roster.min_sites, min_sites)
         required = threshold(count, colluding)
-        fewest = least_survivors(required, min_sites=roster.min_sites, least_honest=least_honest, colluding=colluding)
+        fewest = least_survivors(required, min_sites=least, least_honest=least_honest, colluding=colluding)
         degree = choose_degree(count, colluding, min(fewest, count))
         config = cls(
             sites=count,
             threshold=required,
             max_colluding=colluding,
             least_honest=least_honest,
-            min_sites=roster.min_sites,
+            min_sites=least,
             neighbours=degree.neighbours,
             share_threshold=degree.share_threshold,
             most_gone=degree.most_gone,

@@ -399,7 +399,13 @@ class CoordinatorRound:
 
         revealed = self._answers[Stage.REVEAL]
         shares = {holder: revealed[holder].body.shares[site][1] for holder in self._holders(site) if holder in revealed}
-        secret, liars = open_secret(shares, self._config.share_threshold, verify, colluding=self._config.max_colluding, suspects=self._books.faults.keys())
+        secret, liars = open_secret(
+            shares,
+            self._config.share_threshold,
+            verify,
+            colluding=self._config.max_colluding,
+            suspects=self._books.faults.keys(),
+        )
         for liar in liars:
             self._books.faults[liar] = "share"
         if secret is None:

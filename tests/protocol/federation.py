@@ -145,7 +145,7 @@ class Attempt:
         self.to_site: Tamper = lambda site, data: data
         self.to_coordinator: Tamper = lambda site, data: data
         self.outgoing = self.coordinator.start()
-        self.agreed = {site: federation.agreed for site in invited}
+        self.agreed = dict.fromkeys(invited, federation.agreed)
         self.stage = Stage.ADVERTISE
 
     def site_step(self, site: int, data: bytes) -> bytes | None:

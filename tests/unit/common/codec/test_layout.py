@@ -7,16 +7,14 @@ from common.codec.layout import Layout, chosen
 from common.errors import AdapterError
 from common.randomness import seeded
 
-SHAPES = st.dictionaries(
-    st.text(max_size=5), st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5
-)
+SHAPES = st.dictionaries(st.text(max_size=5), st.lists(st.integers(0, 4), max_size=3).map(tuple), max_size=5)
 
 
 def state_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: seeded(0, name).normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-@given(SHAPES.filter(lambda shapes: any(0 not in shape for shape in shapes.values())))
+@given(SHAPES)
 def test_flatten_and_back(shapes: dict[str, tuple[int, ...]]) -> None:
     state = state_of(shapes)
     layout = Layout.of(dict(reversed(list(state.items()))))
@@ -55,9 +53,7 @@ def test_a_part_of_a_state_can_be_chosen() -> None:
         chosen(state, ["c"])
 
 
-@pytest.mark.parametrize(
-    "tensors", [(), (("b", (1,)), ("a", (1,))), (("a", (1,)), ("a", (2,))), (("a", (0,)),), (("a", (-1,)),)]
-)
+@pytest.mark.parametrize("tensors", [(("b", (1,)), ("a", (1,))), (("a", (1,)), ("a", (2,))), (("a", (-1,)),)])
 def test_a_layout_that_is_none_is_refused(tensors: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
     with pytest.raises(AdapterError):
         Layout(tensors)
