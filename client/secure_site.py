@@ -12,11 +12,13 @@ together would otherwise tell about the site that is missing.
 
 from dataclasses import replace
 
+from common.codec.fixed_point import ByteSource
 from common.codec.vector import encode_body
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, MessageError, OutOfTurn, SecureSumError, SurvivorsRefused
 from common.factors import newest
 from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, RoundDone, RoundStart
+from common.randomness import seeded
 from common.secure_sum.config import Agreed, SumPolicy
 from common.secure_sum.messages import RoundStart as SumStart
 from common.secure_sum.site import Site, SiteRound
@@ -112,8 +114,18 @@ class SecureSite:
             weighted(self._manifest, reply.tensors, self._records),
             extras(self._manifest, request, header, self._records),
             what.spec,
+            source=self._rounding(request),
         )
         return attempt.release(body)
+
+    def _rounding(self, request: Request) -> ByteSource | None:
+        """Where rounding draws from: with privacy the operating system. Without, the agreed seed, so that a run can be
+        repeated bit for bit: masks hide the vector, and its rounding need not."""
+        private, training = self._manifest.privacy, self._manifest.training
+        seed = training.seed if private is None else private.unsafe_seed
+        if seed is None:
+            return None
+        return seeded(seed, "rounding", self._site.number, sum_number(request)).bytes
 
     def refuse(self, error: CoadaptError) -> bytes:
         """Tell the coordinator, in a fixed word, that this site sits the attempt out.
