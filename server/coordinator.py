@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
-from common.errors import AdapterError, RoundError
+from common.errors import AdapterError, RoundError, RunError
 from common.factors import newest
 from common.messages import (
     Envelope,
@@ -90,6 +90,7 @@ class Coordinator:
     Raises:
         AdapterError: the manifest's aggregation is not for adapters as large.
         ExtensionError: a person's own aggregation cannot be loaded.
+        RunError: a guard needs public records, and there are none.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class Coordinator:
         report: EventSink,
         public: Callable[[AdapterState], Counts] | None = None,
     ) -> None:
+        if manifest.aggregation.accept_drop is not None and public is None:
+            raise RunError("aggregation.accept_drop needs public records to measure on, and this coordinator has none")
         self._manifest = manifest
         self._public = public
         self._digest = manifest.digest()

@@ -44,10 +44,10 @@ SUBSET: Tables = {
         "baselines": False,
     },
 }
-# The proxy of docs/lab-notes.md (7,680 examples), with an even number of rounds for each factor.
+# As the proxy of docs/lab-notes.md, a fifth shorter (6,144 examples); each factor gets as many rounds.
 PLAIN: Tables = {
     "training": {
-        "rounds": 20,
+        "rounds": 16,
         "local_steps": 8,
         "batch_size": 8,
         "learning_rate": 6e-3,
