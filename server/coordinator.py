@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
-from common.errors import RoundError
+from common.errors import RoundError, RunError
 from common.factors import newest
 from common.messages import Evaluate, RoundStart
 from common.metrics import Counts, add, better, figures
@@ -70,6 +70,7 @@ class Coordinator:
     Raises:
         AdapterError: the manifest's aggregation is not for adapters as large.
         ExtensionError: a person's own aggregation cannot be loaded.
+        RunError: a guard needs public records, and there are none.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Coordinator:
         public: Callable[[AdapterState], Counts] | None = None,
         sums: Collection | None = None,
     ) -> None:
+        if manifest.aggregation.accept_drop is not None and public is None:
+            raise RunError("aggregation.accept_drop needs public records to measure on, and this coordinator has none")
         self._manifest = manifest
         self._public = public
         self._digest = manifest.digest()

@@ -69,8 +69,9 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, manifest_for: Manifests) -> Callable[..., Site]:
-    def make(method: str, *, private: bool = False, **training: Any) -> Site:
-        tables: dict[str, Any] = {"training": {**TRAINING, **training}, "adapter": {"rank": RANK}}
+    def make(method: str, *, private: bool = False, adapter: str = "lora", **training: Any) -> Site:
+        section = {"rank": RANK, "method": adapter, "virtual_tokens": 2}
+        tables: dict[str, Any] = {"training": {**TRAINING, **training}, "adapter": section}
         if private:
             tables["privacy"] = {"epsilon": 50.0, "delta": 1e-3}
         return Site(tmp_path, manifest_for(aggregation={"method": method}, **tables))
@@ -103,9 +104,9 @@ def test_the_contribution_is_made_of_what_trained(site: Callable[..., Site], met
         assert bool(it.state.kept) == (method == "sketch" and number > 1)
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_a_stack_stays_and_the_pair_on_top_trains(site: Callable[..., Site], private: bool) -> None:
-    it = site("ffa", private=private)
+@pytest.mark.parametrize(("adapter", "private"), [("lora", False), ("lora", True), ("lora+prompt", True)])
+def test_a_stack_stays_and_the_pair_on_top_trains(site: Callable[..., Site], adapter: str, private: bool) -> None:
+    it = site("ffa", private=private, adapter=adapter)  # one engine of gradients is for layers, the other maps
     rng = np.random.Generator(np.random.PCG64(0))
     deep = {n: rng.normal(0, 0.1, a.shape).astype(np.float32) for n, a in it.first.items()}
     for _ in range(2):

@@ -20,7 +20,18 @@ from common.config.manifest import Columns, Manifest
 from common.errors import MessageError
 from common.evaluation import measure
 from common.flower import ConfigRecord, Context, Message, RecordDict, pack, unpack
-from common.messages import Envelope, Evaluate, Evaluated, Refused, RoundDone, RoundStart, decode, encode
+from common.messages import (
+    Envelope,
+    Evaluate,
+    Evaluated,
+    Project,
+    Projected,
+    Refused,
+    RoundDone,
+    RoundStart,
+    decode,
+    encode,
+)
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 
 # PEFT 0.21 asks Transformers 5.23 in a way that Transformers will drop in its version 6.
@@ -316,6 +327,21 @@ class TestRelay:
         assert isinstance(first.header, RoundDone)
         assert isinstance(again.header, Refused)  # the round was answered before
         assert dict(ours.state.config_records["site"]) == vars(SiteState(8, 1))
+
+    def test_what_a_second_sum_needs_travels_in_the_context_too(self, tmp_path: Path, manifest_for: Manifests) -> None:
+        def opened() -> Site:  # in a simulation another process may get the second message
+            return Site(tmp_path, manifest_for(training=TRAINING, aggregation={"method": "sketch"}))
+
+        ours, site = context(), opened()
+        first = decode(unpack(relay(self.message(site.start()), ours, site.vault).content))
+        basis = {name: np.linalg.qr(a)[0].astype(np.float32) for name, a in first.tensors.items() if "lora_Y" in name}
+        ask = encode(Envelope(header=Project(**site.header(site.first)), tensors=basis))
+        state = ours.state.config_records["site"]["kept"]
+        second = decode(unpack(relay(self.message(ask), ours, opened().vault).content))
+        assert isinstance(second.header, Projected), site.logged()
+        assert isinstance(state, bytes)
+        assert len(state) > 4 * sum(array.size for name, array in site.first.items() if "lora" in name)
+        assert ours.state.config_records["site"]["kept"] == b""
 
     def test_a_message_without_an_envelope_is_refused(self) -> None:
         ours = context()

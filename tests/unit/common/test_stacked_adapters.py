@@ -50,6 +50,7 @@ CASES = [
     ("token-classification", "lora"),
     ("causal-lm", "lora"),
     ("text-classification", "lora+prompt"),
+    ("text-classification", "qlora"),
 ]
 
 

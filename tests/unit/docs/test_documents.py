@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.config.loading import load_manifest
+from server.aggregation.methods import BUILT_IN
 from simulations.contracts import FIRMS, LABELS
 from simulations.summary import RunSummary
 
@@ -36,6 +37,19 @@ def test_the_default_scenario_agrees_with_its_generator() -> None:
     assert manifest.task.labels == LABELS
     assert manifest.simulation is not None
     assert manifest.simulation.site_names == FIRMS
+
+
+def test_the_table_of_aggregation_says_what_the_methods_declare() -> None:
+    text = (ROOT / "docs" / "aggregation.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    *built_in, own = rows
+
+    assert [row[0].strip("`") for row in built_in] == [facts.name for facts in BUILT_IN]
+    for row, facts in zip(built_in, BUILT_IN, strict=True):
+        assert row[2] == str(facts.sums)
+        assert row[3].startswith("no" if facts.exact.startswith("no") else "yes" if facts.exact[0] == "y" else row[3])
+        assert row[4] == ("yes" if facts.mixed_ranks else "no")
+    assert (own[0], own[2]) == ("`module:function`", "each site's own")
 
 
 def test_files_that_the_readme_names_exist() -> None:

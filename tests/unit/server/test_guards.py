@@ -12,7 +12,7 @@ from test_coordinator import FIRST, PULL, Sites, done, right, store_in
 
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import AggregationSection, Manifest
-from common.errors import RoundError
+from common.errors import RoundError, RunError
 from common.messages import Envelope, RoundStart
 from common.progress import Event, RoundFinished, RoundRejected, RoundValidated
 from server.coordinator import Coordinator
@@ -209,6 +209,11 @@ def test_sites_that_measure_measure_the_adapter_that_stayed(tmp_path: Path, mani
     coordinator.run()
     shown = [(e.round, e.figures["accuracy"]) for e in events if isinstance(e, RoundValidated)]
     assert shown == [(0, 0.0), (1, 0.1), (2, 0.1), (3, 0.2)]
+
+
+def test_a_guard_that_could_not_measure_is_refused(tmp_path: Path, manifest_for: Manifests) -> None:
+    with pytest.raises(RunError, match="needs public records to measure on"):
+        World(tmp_path, manifest_for, [1.0], accept_drop=0.5)
 
 
 def test_the_guards_by_themselves() -> None:

@@ -158,6 +158,43 @@ def test_the_bytes_of_a_round_are_those_of_real_envelopes(manifest_file: Callabl
     assert whole == pytest.approx((len(down) + len(up)) * 2 * 4, rel=0.05)  # two sites, four rounds
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("auto", "separate (auto); needs 1 sum; exact: no: B and A are averaged apart"),
+        ("ffa", "ffa; needs 1 sum; exact: yes"),
+        ("sketch", "sketch; needs 2 sums; exact: nearly the best pair"),
+        ("check_own:f", "check_own:f; needs each site's own change; exact: not known; ranks must be equal"),
+    ],
+)
+def test_it_says_how_the_sites_are_combined(manifest_file: Callable[..., Path], method: str, said: str) -> None:
+    path = manifest_file(aggregation={"method": method})
+    (path.parent / "check_own.py").write_text("def f(changes, weights):\n    return changes[0]\n")
+    assert facts_in(said_by(path))["aggregation"].startswith(said)
+
+
+def test_the_bytes_up_are_those_of_the_method(manifest_file: Callable[..., Path]) -> None:
+    def said(method: str, *overrides: str) -> list[float]:
+        path = manifest_file(aggregation={"method": method})
+        line = facts_in(said_by(path, overrides))["bytes of a round"]
+        found = re.fullmatch(r"\S+ \S+ down and (\S+ \S+)(?: or (\S+ \S+))? up for each site", line)
+        assert found is not None
+        return [bytes_in(part) for part in found.groups() if part]
+
+    (everything,) = said("separate")
+    factor = 2 * (5 * 64 + 128) * 3 * 4  # bytes of all A, and of all B: rank 3, six layers in each of two blocks
+    (ffa,) = said("ffa")
+    assert everything - ffa == pytest.approx(factor, rel=0.25)  # names are left out too, in a base as small as this
+    assert all(each == pytest.approx(ffa, rel=0.1) for each in said("alternate"))
+    (dense,) = said("dense")
+    assert dense - everything == pytest.approx(2 * (4 * 64 * 64 + 2 * 64 * 128) * 4 - 2 * factor, rel=0.1)
+    (sketch,) = said("sketch")
+    assert everything < sketch < dense
+    alternate = manifest_file(aggregation={"method": "alternate"})
+    whole = bytes_in(facts_in(said_by(alternate))["bytes of the run"])
+    assert whole < 0.9 * bytes_in(facts_in(said_by(manifest_file()))["bytes of the run"])
+
+
 def test_overrides_count(manifest_file: Callable[..., Path]) -> None:
     facts = facts_in(said_by(manifest_file(), ("training.rounds=9", "adapter.rank=6")))
     assert facts["rounds"].startswith("9 of 5")
@@ -185,6 +222,8 @@ def test_markup_in_names_is_shown_as_it_is(manifest_file: Callable[..., Path], e
         ({"adapter": {"rnk": 3}}, ManifestError, "did you mean adapter.rank"),
         ({"model": {"base": "nowhere/at/all"}}, ModelError, "neither a directory here nor a hub id"),
         ({"evaluation": {"metrics": ["check_test_gone:f"]}}, ExtensionError, "no module 'check_test_gone'"),
+        ({"aggregation": {"method": "check_test_gone:f"}}, ExtensionError, "no module 'check_test_gone'"),
+        ({"adapter": {"method": "head"}, "aggregation": {"method": "ffa"}}, ManifestError, "low-rank pairs"),
     ],
 )
 def test_what_would_stop_a_run_stops_the_check(

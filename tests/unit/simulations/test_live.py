@@ -13,6 +13,7 @@ from common.progress import (
     Event,
     PhaseStarted,
     RoundFinished,
+    RoundRejected,
     RoundStarted,
     RoundValidated,
     RunStarted,
@@ -116,6 +117,28 @@ def test_a_log_gets_one_line_for_each_event_worth_it() -> None:
         "test set  federated  accuracy 0.900  loss 0.400",
         "finished",
     ]
+
+
+def test_a_rejected_round_is_told_with_the_guards_figures_and_marked() -> None:
+    rejected = RoundRejected(round=2, setting="max_norm", value=3.5, bound=1.0)
+    events = [started(), *one_round(1), rejected, *one_round(2)]
+    file = io.StringIO()
+    with LiveView(Console(file=file)) as view:
+        for event in events:
+            view(event)
+    assert "round 2/3  rejected: max_norm allows 1.000, found 3.500; the adapter stays" in file.getvalue().splitlines()
+    assert "2 rejected" in drawn(events)
+    assert "rejected" not in drawn([started(), *one_round(1), *one_round(2)])
+
+
+def test_rejected_rounds_are_named_below_the_table() -> None:
+    summary = sample()
+    rounds = [
+        f.model_copy(update={"rejected": "max_norm: 9 is above 3"} if f.round == 2 else {}) for f in summary.rounds
+    ]
+    file = io.StringIO()
+    print_table(summary.model_copy(update={"rounds": rounds}), Console(file=file))
+    assert "round 2 was rejected: max_norm: 9 is above 3" in file.getvalue().splitlines()
 
 
 def test_a_log_line_is_never_wrapped_and_never_styled() -> None:

@@ -152,6 +152,20 @@ def test_the_page_is_written_whole_and_is_the_same_again(html: str, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_rejected_rounds_are_named(html: str) -> None:
+    summary = sample()
+    rounds = [
+        facts.model_copy(update={"rejected": "accept_drop: 0.3 is above 0.1"} if facts.round in (2, 3) else {})
+        for facts in summary.rounds
+    ]
+    page = render(summary.model_copy(update={"rounds": rounds, "aggregation": "alternate"}))
+    reason = "accept_drop: 0.3 is above 0.1"
+    assert f"round 2 ({reason}), round 3 ({reason})." in page
+    assert "3 (rejected)" in page
+    assert "<code>alternate</code>" in page
+    assert "rejected" not in html.lower().replace("projected", "")
+
+
 def test_names_are_escaped_and_fit() -> None:
     summary = sample(sites=len(ODD_NAMES), labels=len(ODD_NAMES))
     sites = [

@@ -10,6 +10,7 @@ from client.records import Cleaning
 from common.config.manifest import Manifest
 from common.records import Record, TextRecord
 from server.coordinator import Coordinator, SiteAnswer, StoredRound
+from server.guards import Rejection
 from server.run_store import RunStore
 from simulations import summarise
 from simulations.sites import FederationData
@@ -152,6 +153,7 @@ def stored() -> list[StoredRound]:
             2,
             answers=[answer("one", loss=0.5)],
             failures={"two": "timeout"},
+            rejected=Rejection("max_norm", 9.0, 3.0),
             bytes_down=40,
             seconds=7.0,
             counts={"one": counts(4, 4), "two": {}},
@@ -177,6 +179,7 @@ def test_round_facts_sum_the_sites(tmp_path: Path, manifest_for: MakeManifest, s
     assert (second.train_loss, second.validation) == (2.0, {"accuracy": 0.5})
     assert (second.bytes_up, second.bytes_down, second.seconds, second.training_seconds) == (20, 40, 9.0, 5.0)
     assert (third.answered, third.failed, third.train_loss) == (1, 1, 0.5)
+    assert [facts.rejected for facts in (first, second, third)] == ["", "", "max_norm: 9 is above 3"]
 
 
 def text(label: str, unit: str) -> Record:
