@@ -1,7 +1,7 @@
 """Several levels in one 64-bit word, so that adding words adds every level.
 
-A level has b bits, a lane L = b + ceil(log2 n) bits for up to n sites, and a word floor(64 / L) lanes; value j of d lies
-in word j mod w and lane j div w, where w is the number of words: each lane is one contiguous part of the vector.
+A level has b bits, a lane L = b + ceil(log2 n) bits for up to n sites, and a word floor(64 / L) lanes; value j of d
+lies in word j mod w and lane j div w, where w is the number of words: each lane is one contiguous part of the vector.
 
 No carry between lanes: a level is at most 2^b - 1, so n of them add to at most n (2^b - 1) < 2^b 2^ceil(log2 n) = 2^L.
 By induction from the lowest lane, no lane ever passes anything to the next, and the highest ends at bit 64 or below.

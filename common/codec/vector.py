@@ -5,13 +5,13 @@ units of 2^-20, limited to +-(2^32 - 2^-20). 2^11 sites add to at most 2^11 (2^5
 leaves the signed range.
 
 Checksum. For words w_j and public numbers rho_j the checksum is c = sum_j rho_j w_j mod 2^64. It is linear: the
-checksums of the sites add to the checksum of the sum, so it is masked and summed like every other word and tells nothing
-that the sum does not. The rho are keystreams keyed by the round's context, so nobody can know them before everything
-else is fixed. In the first word they are odd: one wrong word never passes. In the second they are any numbers: an error
-e whose words all are multiples of 2^v, and not all of 2^(v+1), passes it with chance 2^-(64-v); without it, errors of
-2^63 in an even number of words would always pass. A sum that came out as noise passes both with chance 2^-128.
-It finds a mask that did not cancel, a vector cut short, a site in another context, a bug. It does not stop a site that
-lies about its values: that site computes a fitting checksum.
+checksums of the sites add to the checksum of the sum, so it is masked and summed like every other word and tells
+nothing that the sum does not. The rho are keystreams keyed by the round's context, so nobody can know them before
+everything else is fixed. In the first word they are odd: one wrong word never passes. In the second they are any
+numbers: an error e whose words all are multiples of 2^v, and not all of 2^(v+1), passes it with chance 2^-(64-v);
+without it, errors of 2^63 in an even number of words would always pass. A sum that came out as noise passes both with
+chance 2^-128. It finds a mask that did not cancel, a vector cut short, a site in another context, a bug. It does not
+stop a site that lies about its values: that site computes a fitting checksum.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The coordinator's side of one attempt: messages in, the next message for each site out, at the end the sum.
 
-It has no network and no clock. The caller hands in what a site's channel brought (`receive`), asks whether a phase may
-end (`ready`: everybody answered; `enough`: it could), ends it (`advance`), and opens the sum (`open_sum`). A bad message
-leaves its site out, with the reason in the record; a vector that comes late is thrown away unread.
+It has no network and no clock. The caller hands in what a site's channel brought (`receive`), asks whether a phase
+may end (`ready`: everybody answered; `enough`: it could), ends it (`advance`), and opens the sum (`open_sum`). A bad
+message leaves its site out, with the reason in the record; a vector that comes late is thrown away unread.
 
 Vectors are added up as they come, so memory is one vector, and no single one is kept.
 """
@@ -35,6 +35,7 @@ from common.secure_sum.config import RoundConfig, round_context
 from common.secure_sum.masks import Mask, apply_masks
 from common.secure_sum.messages import (
     COORDINATOR,
+    MOST_BYTES,
     Advertise,
     Body,
     Complaint,
@@ -283,7 +284,7 @@ class CoordinatorRound:
 
         if site not in self._invited:
             raise OutOfTurn(f"site {site} is not invited")
-        message = read(data, key_of)
+        message = read(data, key_of, most_bytes=max(MOST_BYTES, 8 * self._config.words + 1024))
         if message.turn != self.turn:
             raise WrongContext(f"site {site} answered another round or attempt")
         return message
@@ -399,7 +400,13 @@ class CoordinatorRound:
 
         revealed = self._answers[Stage.REVEAL]
         shares = {holder: revealed[holder].body.shares[site][1] for holder in self._holders(site) if holder in revealed}
-        secret, liars = open_secret(shares, self._config.share_threshold, verify, colluding=self._config.max_colluding, suspects=self._books.faults.keys())
+        secret, liars = open_secret(
+            shares,
+            self._config.share_threshold,
+            verify,
+            colluding=self._config.max_colluding,
+            suspects=self._books.faults.keys(),
+        )
         for liar in liars:
             self._books.faults[liar] = "share"
         if secret is None:

@@ -2,10 +2,10 @@
 
     version 1 | type 1 | federation 16 | epoch 4 | round 8 | attempt 2 | sender 2 | body | signature 64
 
-Integers are little-endian. The Ed25519 signature is over b"secsum/1", a zero byte and everything before it, so it covers
-sender, round, attempt and type. A body has its fields in fixed order; lists carry their length and are in ascending
-order of site, each site once. There is one encoding of a message, and nothing may follow it. Site numbers are those
-of the roster; the coordinator is 65535.
+Integers are little-endian. The Ed25519 signature is over b"secsum/1", a zero byte and everything before it, so it
+covers sender, round, attempt and type. A body has its fields in fixed order; lists carry their length and are in
+ascending order of site, each site once. There is one encoding of a message, and nothing may follow it. Site numbers
+are those of the roster; the coordinator is 65535.
 """
 
 import enum
@@ -24,6 +24,7 @@ from common.secure_sum.shamir import SHARE_BYTES
 
 __all__ = [
     "COORDINATOR",
+    "MOST_BYTES",
     "SEALED_BYTES",
     "Advertise",
     "Body",
@@ -50,6 +51,8 @@ VERSION = 1
 COORDINATOR = 0xFFFF
 MOST_WORDS = 1 << 31
 MOST_CONFIG_BYTES = 4096
+# More than the keys of 2,048 sites take; only a vector may be longer.
+MOST_BYTES = 1 << 20
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 _LABEL = b"secsum/1"
@@ -449,10 +452,10 @@ def encode(identity: Identity, turn: Turn, sender: int, body: Body) -> bytes:
     return content + identity.sign(_LABEL, content)
 
 
-def read(data: bytes, key_of: Callable[[int], bytes]) -> Message:
+def read(data: bytes, key_of: Callable[[int], bytes], *, most_bytes: int = MOST_BYTES) -> Message:
     """The message in `data`; `key_of` gives a sender's Ed25519 key or raises.
 
-    The signature is checked before the body is looked at.
+    The length is checked before the signature, and the signature before the body is looked at.
 
     Raises:
         MalformedMessage: it is cut, too long, of another version or not canonical.
@@ -461,6 +464,8 @@ def read(data: bytes, key_of: Callable[[int], bytes]) -> Message:
     """
     if len(data) < _HEADER.size + SIGNATURE_BYTES:
         raise MalformedMessage("a message is cut")
+    if len(data) > most_bytes:
+        raise MalformedMessage(f"a message has {len(data)} bytes and may have {most_bytes}")
     version, kind, federation, epoch, number, attempt, sender = _HEADER.unpack_from(data)
     if version != VERSION or kind not in _BODIES:
         raise MalformedMessage(f"a message is of version {version} and type {kind}; both sides need one version")

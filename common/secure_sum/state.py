@@ -1,4 +1,6 @@
-"""What a site remembers: for good, over restarts (`SiteMemory`), and within one attempt, in memory alone (`SiteState`)."""
+"""What a site remembers: for good, over restarts (`SiteMemory`), and within one attempt, in memory alone
+(`SiteState`).
+"""
 
 import enum
 from dataclasses import dataclass, replace

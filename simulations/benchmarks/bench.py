@@ -3,27 +3,41 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
 from common.errors import RunError
 from simulations.benchmarks.dp_step import measure_dp_step
+from simulations.benchmarks.secure_sum import SITES, VALUES, measure_secure_sum
 from simulations.benchmarks.simulation import measure_simulation
 
 __all__ = ["print_bench"]
 
-BENCHMARKS = ("dp-step", "simulation")
+BENCHMARKS = ("dp-step", "secure-sum", "simulation")
+SIMULATED_SITES = 20
 
 
-def print_bench(name: str, *, as_json: bool, sites: int, rounds: int) -> None:
+def print_bench(
+    name: str, *, as_json: bool, sites: Sequence[int], rounds: int, values: Sequence[int], repetitions: int
+) -> None:
     """Run the benchmark `name` and print {"bench", "machine", "figures"}, on one line with `as_json`.
 
+    `sites` and `values` may be empty; each benchmark has sizes of its own.
+
     Raises:
-        RunError: there is no such benchmark.
+        RunError: there is no such benchmark, or it takes one number of sites and got more.
     """
     if name not in BENCHMARKS:
         raise RunError(f"no benchmark {name!r}; there is {', '.join(BENCHMARKS)}")
-    figures = measure_dp_step() if name == "dp-step" else measure_simulation(sites=sites, rounds=rounds)
+    if name == "dp-step":
+        figures = measure_dp_step()
+    elif name == "secure-sum":
+        figures = measure_secure_sum(values=values or VALUES, sites=sites or SITES, repetitions=repetitions)
+    else:
+        if len(sites) > 1:
+            raise RunError(f"the simulation is measured with one number of sites, not {len(sites)}; give --sites once")
+        figures = measure_simulation(sites=sites[0] if sites else SIMULATED_SITES, rounds=rounds)
     machine = {
         "cores": os.cpu_count(),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),

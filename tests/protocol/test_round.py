@@ -103,7 +103,7 @@ def test_above_128_sites_the_graph_is_sparse() -> None:
     federation = Federation(131)
     attempt = federation.attempt()
     assert 0 < attempt.config.neighbours < 60
-    lost = {site: Stage.MASKED for site in range(3, 131, 20)}
+    lost = dict.fromkeys(range(3, 131, 20), Stage.MASKED)
     result = attempt.finish(lost | {1: Stage.SHARES, 4: Stage.CONFIRM, 5: Stage.REVEAL})
     survivors = tuple(site for site in range(131) if site not in {*lost, 1})
     assert attempt.failed == {}
@@ -126,7 +126,7 @@ def test_any_dropouts_give_the_exact_sum_or_nothing(data: st.DataObject, count: 
         stage: sum(order.index(lost.get(site, Stage.REVEAL)) > place or site not in lost for site in range(count))
         for place, stage in enumerate(order)
     }
-    needed = {stage: config.least_survivors for stage in order[:3]} | {Stage.CONFIRM: config.threshold}
+    needed = dict.fromkeys(order[:3], config.least_survivors) | {Stage.CONFIRM: config.threshold}
     above = (
         all(present[stage] >= least for stage, least in needed.items()) and present[Stage.REVEAL] >= config.threshold
     )
