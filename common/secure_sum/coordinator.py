@@ -56,7 +56,7 @@ from common.secure_sum.messages import (
     read,
 )
 from common.secure_sum.opening import open_secret
-from common.secure_sum.primitives import public_key
+from common.secure_sum.primitives import new_private_key, public_key, shared_secret
 
 __all__ = ["CoordinatorRound", "Opened", "Stage", "SumRecord"]
 
@@ -330,6 +330,8 @@ class CoordinatorRound:
         }
         if body.sealing_key == body.masking_key or {body.sealing_key, body.masking_key} & every:
             raise KeyRefused(f"a one-time key of site {site} is there already")
+        for key in (body.sealing_key, body.masking_key):  # one of low order would make every other site refuse
+            shared_secret(new_private_key(), key)
 
     def _accept_shares(self, site: int, body: Shares) -> None:
         if body.keys_hash != self._keys_hash:
