@@ -5,6 +5,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import KeyRefused, ShareRefused, SignatureRefused
 from common.identity import Identity, fingerprint, verify
+from common.randomness import system_bytes
 from common.secure_sum.primitives import (
     Keystream,
     Label,
@@ -166,3 +167,8 @@ def test_labels_and_parts_are_kept_apart() -> None:
     hashes = [digest(label, *parts) for label in Label for parts in ((), (b"",), (b"a", b"b"), (b"ab",), (b"ab", b""))]
     assert len(set(keys + hashes)) == len(keys) + len(hashes)
     assert len({label.value for label in Label}) == len(Label)
+
+
+def test_bytes_of_the_system_are_as_many_as_asked_for_and_new() -> None:
+    assert [len(system_bytes(count)) for count in (0, 1, 32)] == [0, 1, 32]
+    assert len({system_bytes(32) for _ in range(100)}) == 100
