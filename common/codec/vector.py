@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from common.codec.fixed_point import ByteSource, decode_sum, quantise, rounding_bytes, step_of
 from common.codec.layout import Layout
-from common.codec.packing import Lanes, Words, bits_for
+from common.codec.packing import Lanes, Words, aligned_words, bits_for
 from common.codec.state import AdapterState
 from common.errors import ChecksumMismatch, NotFiniteValue, VectorRefused
 from common.secure_sum.primitives import Keystream, Label, digest
@@ -131,7 +131,10 @@ def encode_body(
 
 def with_checksum(body: Words, context: bytes) -> Words:
     """The body and its two checksum words under a round's context."""
-    return np.concatenate([body, _checksums(body, context)])
+    words = aligned_words(len(body) + CHECKSUM_WORDS)
+    words[: len(body)] = body
+    words[len(body) :] = _checksums(body, context)
+    return words
 
 
 def encode(

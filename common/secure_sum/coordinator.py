@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.codec.packing import Words
+from common.codec.packing import Words, aligned_words
 from common.errors import (
     KeyRefused,
     MalformedMessage,
@@ -258,7 +258,8 @@ class CoordinatorRound:
                 for site in around:
                     key = derivations.pair_mask_key(private, keys[site].masking_key, self._keys_hash, site, lost)
                     masks.append((key, -1 if site < lost else 1))
-        words = self._sum.copy()
+        words = aligned_words(len(self._sum))
+        words[:] = self._sum
         apply_masks(words, masks)
         return Opened(words, len(survivors), self.context, self.record())
 

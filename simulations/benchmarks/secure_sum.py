@@ -1,6 +1,7 @@
 """What the secure sum costs: masking, unmasking, sharing and key agreement, beside Flower's SecAgg+ primitives.
 
 All in one process and on one thread, in turn, A B C A B C; ratios are taken inside each turn, and medians reported.
+Seconds are of processor time, so that other processes that take their turns on the core do not count.
 Masking stands beside the bare AES-256-CTR keystream of as many bytes, which is the bound. Flower's masks are measured
 on at most `FLOWER_MASKS` masks and multiplied; every mask costs the same there.
 """
@@ -18,10 +19,10 @@ from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_
 from flwr.common.secure_aggregation.ndarrays_arithmetic import parameters_addition
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
-from common.codec.packing import Lanes, bits_for
+from common.codec.packing import Lanes, aligned_words, bits_for
 from common.randomness import system_bytes
 from common.secure_sum.derivations import pair_mask_key
-from common.secure_sum.masks import BLOCK_BYTES, Mask, aligned_words, apply_masks
+from common.secure_sum.masks import BLOCK_BYTES, Mask, apply_masks
 from common.secure_sum.primitives import Keystream, new_private_key, public_key
 from common.secure_sum.shamir import combine, split
 from common.secure_sum.thresholds import threshold
@@ -62,7 +63,7 @@ Note = Callable[[str, float], None]
 def _measure_masks(values: int, sites: int, note: Note) -> None:
     place = f"{values}_{sites}"
     lanes = Lanes(bits_for(sites), sites)
-    words = np.zeros(lanes.words_for(values), np.uint64)
+    words = aligned_words(lanes.words_for(values))
     gone = max(1, sites // 10)
     left = sites - gone
     # A site adds its own mask and one with every other; the coordinator takes off the own masks of those left, and the
@@ -149,6 +150,6 @@ def _flower_masks(values: int, count: int) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
