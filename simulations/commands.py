@@ -76,7 +76,7 @@ def simulate(
         return
     from simulations.engine import simulate as run
     from simulations.live import LiveView, print_table
-    from simulations.report import main_result, privacy_result, utility_result
+    from simulations.report import main_result, privacy_result, secure_sum_result, utility_result
 
     console = Console()
     with LiveView(console) as view:
@@ -93,7 +93,7 @@ def simulate(
     folder = runs / summary.run_id
     print_table(summary, console)
     console.print(main_result(summary), highlight=False, soft_wrap=True)
-    console.print(privacy_result(summary), highlight=False, soft_wrap=True)
+    console.print(f"{privacy_result(summary)} {secure_sum_result(summary)}", highlight=False, soft_wrap=True)
     if compared := utility_result(summary):
         console.print(compared, highlight=False, soft_wrap=True)
     if summary.overfitting:

@@ -42,7 +42,16 @@ from common.flower import ClientApp, Context, Grid, ServerApp, quiet
 from common.messages import Envelope, Evaluate, Evaluated, encode
 from common.metrics import Counts, figures
 from common.models import find_base, load_tokenizer
-from common.progress import BaselineFinished, Event, EventLog, EventSink, PhaseStarted, RunStarted, RunStopped
+from common.progress import (
+    BaselineFinished,
+    Event,
+    EventLog,
+    EventSink,
+    PhaseStarted,
+    RunStarted,
+    RunStopped,
+    SumOpened,
+)
 from common.tasks.causal_lm import prompt_digest
 from server.aggregation.methods import method_for
 from server.channel import Channel, FlowerChannel, Interrupted
@@ -271,6 +280,7 @@ class Run:
     marks: dict[str, float] = field(default_factory=dict)
     coordinator: Coordinator | None = None
     secure_sites: SecureSites | None = None
+    opened: list[SumOpened] = field(default_factory=list)
     sinks: list[EventSink] = field(default_factory=list)
     sites: dict[str, Path] = field(default_factory=dict)
     compared: "Run | None" = None
@@ -339,6 +349,8 @@ class Run:
         """Give an event to everyone who listens; remember when the parts of the run began."""
         if isinstance(event, PhaseStarted):
             self.marks[event.phase] = time.monotonic()
+        if isinstance(event, SumOpened):
+            self.opened.append(event)
         for sink in self.sinks:
             sink(event)
 
@@ -540,6 +552,7 @@ class Run:
             compared=ComparedFacts(run=other.run_id, settings=self.settings, privacy=other.privacy) if other else None,
             failures=summarise.failures(done),
             privacy=summarise.privacy_facts(manifest, populations(manifest, self.data), self._ledgers()),
+            secure_sum=summarise.secure_sum_facts(manifest, len(self.data.train), self.opened),
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),

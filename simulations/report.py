@@ -17,7 +17,7 @@ from simulations.report_page import PAGE
 from simulations.summary import ComparedFacts, RunSummary, SiteFacts, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
-__all__ = ["main_result", "privacy_result", "render", "utility_result", "write_report"]
+__all__ = ["main_result", "privacy_result", "render", "secure_sum_result", "utility_result", "write_report"]
 
 
 # Metrics between 0 and 1 of which a hundredth is called a point.
@@ -81,6 +81,17 @@ def privacy_result(summary: RunSummary) -> str:
     )
 
 
+def secure_sum_result(summary: RunSummary) -> str:
+    """What the coordinator could learn of one site, in one sentence."""
+    facts = summary.secure_sum
+    if facts is None:
+        return "The secure sum is off: the coordinator sees every site's change."
+    return (
+        f"The coordinator learns sums over at least {facts.least_survivors} of {facts.sites} sites,"
+        " and nothing of a single one."
+    )
+
+
 def utility_result(summary: RunSummary) -> str:
     """What privacy costs, or what else the second federation changes, in one sentence; empty without one."""
     if summary.compared is None or not summary.metrics:
@@ -140,6 +151,7 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "summary": summary,
         "result": main_result(summary),
         "privacy": privacy_result(summary),
+        "secure": secure_sum_result(summary),
         "utility": utility_result(summary),
         "unsafe": summary.privacy is not None and not summary.privacy.protects,
         "chooser": chooser,

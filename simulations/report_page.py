@@ -106,7 +106,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {% if summary.reason %}
 <p class="callout">{{ summary.reason }}</p>
 {% endif %}
-<p class="{{ "callout" if unsafe else "private" }}">{{ privacy }}</p>
+<p class="{{ "callout" if unsafe or not summary.secure_sum else "private" }}">{{ privacy }} {{ secure }}</p>
 {% if utility %}<p>{{ utility }} <a href="{{ summary.compared.run }}/report.html">Its report.</a></p>{% endif %}
 <p class="result">{{ result }}</p>
 {% if table %}
@@ -188,6 +188,12 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {% endif %}
 </section>
 
+{% if summary.secure_sum %}
+<section id="secure-sum" aria-labelledby="secure-sum-title">
+<h2 id="secure-sum-title">Secure sum</h2>
+<p>What the sites sent was masked; {{ summary.secure_sum.sums | count }} sums were opened{% if summary.secure_sum.fewest is not none %}, each over {{ summary.secure_sum.fewest | count }} sites or more{% endif %}. A sum needs {{ summary.secure_sum.least_survivors | count }} of {{ summary.secure_sum.sites | count }} sites, and {{ summary.secure_sum.threshold | count }} signatures under one list of them before anything is revealed{% if summary.secure_sum.max_colluding %}; {{ summary.secure_sum.max_colluding | count }} sites may work together with the coordinator{% endif %}. A value takes {{ summary.secure_sum.bits }} bits and {{ "%.2f" | format(summary.secure_sum.bytes_per_value) }} bytes on the wire. Figures of single sites on this page are known to the simulation, which plays the sites; a coordinator would not have them.</p>
+</section>
+{% endif %}
 {% if summary.privacy %}
 <section id="privacy" aria-labelledby="privacy-title">
 <h2 id="privacy-title">Privacy</h2>

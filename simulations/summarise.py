@@ -13,9 +13,12 @@ import torch
 from client.ledger import Ledger
 from client.protection import Population, mechanism
 from client.units import units_of
+from common.codec.packing import Lanes, bits_for
 from common.config.manifest import Manifest
 from common.metrics import better, figures
 from common.privacy.accounting import Steps, prv_epsilon, rdp_epsilon
+from common.progress import SumOpened
+from common.secure_sum.thresholds import least_survivors, threshold
 from server.coordinator import Coordinator, StoredRound
 from simulations.sites import FederationData, label_counts
 from simulations.summary import (
@@ -26,6 +29,7 @@ from simulations.summary import (
     PrivacyFacts,
     RoundFacts,
     RunSummary,
+    SecureSumFacts,
     SiteFacts,
     SitePrivacy,
     TableRow,
@@ -40,10 +44,14 @@ __all__ = [
     "overfitting",
     "privacy_facts",
     "round_facts",
+    "secure_sum_facts",
     "site_facts",
 ]
 
 Figures = dict[str, float]
+
+# Fewest honest sites in a sum, the one that looks among them: the protocol's default.
+LEAST_HONEST = 2
 
 # Validation loss must rise by this share over its lowest value before over-fitting is named: less is noise.
 RISE = 0.02
@@ -152,6 +160,26 @@ def privacy_facts(
         clip=section.clip,
         protects=section.unsafe_seed is None,
         sites=sites,
+    )
+
+
+def secure_sum_facts(manifest: Manifest, sites: int, opened: Sequence[SumOpened]) -> SecureSumFacts | None:
+    """What the run's secure sums were; None where they are off."""
+    section = manifest.secure_sum
+    if not section.enabled:
+        return None
+    lanes, required = Lanes(bits_for(sites), sites), threshold(sites, section.max_colluding)
+    return SecureSumFacts(
+        sites=sites,
+        least_survivors=least_survivors(
+            required, min_sites=section.min_sites, least_honest=LEAST_HONEST, colluding=section.max_colluding
+        ),
+        threshold=required,
+        max_colluding=section.max_colluding,
+        bits=lanes.bits,
+        bytes_per_value=lanes.bytes_per_value,
+        sums=len(opened),
+        fewest=min((len(each.survivors) for each in opened), default=None),
     )
 
 

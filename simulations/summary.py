@@ -180,6 +180,19 @@ class ComparedFacts(Facts):
     privacy: PrivacyFacts | None = Field(description="null: it is not private")
 
 
+class SecureSumFacts(Facts):
+    """What the coordinator could learn, and over whom the sums were."""
+
+    sites: int = Field(description="sites of the federation")
+    least_survivors: int = Field(description="fewest sites in a sum; with fewer nothing is opened")
+    threshold: int = Field(description="sites that must sign one list of survivors before anything is revealed")
+    max_colluding: int = Field(description="so many sites may work together with the coordinator")
+    bits: int = Field(description="bits of a summed value")
+    bytes_per_value: float = Field(description="bytes that a value takes on the wire")
+    sums: int = Field(description="sums that were opened")
+    fewest: int | None = Field(description="fewest sites in one of them; null: none was opened")
+
+
 class RunSummary(Facts):
     """A whole `summary.json`. `version` changes when a field changes its meaning."""
 
@@ -203,6 +216,9 @@ class RunSummary(Facts):
     selected_round: int = Field(description="round whose adapter is the result")
     table: list[TableRow]
     privacy: PrivacyFacts | None = Field(None, description="null: the run is not private")
+    secure_sum: SecureSumFacts | None = Field(
+        None, description="null: it is off, and the coordinator sees every site's change"
+    )
     compared: ComparedFacts | None = Field(None, description="null: there was no second federation")
     failures: list[Failure]
     overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")

@@ -9,7 +9,7 @@ import pytest
 from summary_samples import sample, table
 
 from simulations import plots
-from simulations.report import main_result, privacy_result, render, utility_result, write_report
+from simulations.report import main_result, privacy_result, render, secure_sum_result, utility_result, write_report
 from simulations.summary import ComparedFacts, Failure, PrivacyFacts, RunSummary, SitePrivacy, TableRow
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -344,6 +344,23 @@ def test_the_first_line_says_whether_the_adapter_is_private() -> None:
         header = page.split("<header>")[1].split("</header>")[0]
         assert privacy_result(summary) in header
         assert header.index(privacy_result(summary)) < header.index('class="result"')
+
+
+def test_the_first_line_says_what_the_coordinator_could_learn() -> None:
+    on = sample(sites=6)
+    assert secure_sum_result(on) == (
+        "The coordinator learns sums over at least 5 of 6 sites, and nothing of a single one."
+    )
+    off = sample(secure_sum=None)
+    assert secure_sum_result(off) == "The secure sum is off: the coordinator sees every site's change."
+    for summary in (on, off):
+        first = render(summary).split("<header>")[1].split("</header>")[0].split('class="result"')[0]
+        assert f"{privacy_result(summary)} {secure_sum_result(summary)}".replace("'", "&#39;") in first
+    assert '<p class="callout">The released adapter' in render(off)
+    section = render(on).split('<section id="secure-sum"')[1].split("</section>")[0]
+    for text in ("6 sums were opened, each over 6 sites or more", "5 of 6 sites", "16 bits and 2.67 bytes"):
+        assert text in section
+    assert '<section id="secure-sum"' not in render(off)
 
 
 def test_known_noise_is_a_warning() -> None:
