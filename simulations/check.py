@@ -12,14 +12,18 @@ from transformers import PreTrainedModel
 from client.protection import mechanism
 from client.resident import Resident, resident
 from common.adapters import first_state
+from common.codec.layout import Layout
 from common.codec.state import AdapterState, state_digest
+from common.codec.vector import VectorSpec
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
 from common.messages import Envelope, Evaluate, encode
 from server.aggregation.methods import method_for
 from simulations.engine import WORKER_BYTES, find_metrics, pinned, plan_workers
+from simulations.secure_sites import require_crowd
 from simulations.sites import FederationData, label_counts, populations, read_federation
+from simulations.summarise import secure_sum_facts
 from simulations.wording import count_text, size_text
 
 __all__ = ["print_check", "training_bytes"]
@@ -35,17 +39,19 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     folders = [folder for folder in (data, path.parent) if folder is not None]
     find_metrics(manifest, folders[-1])
     federation = read_federation(manifest, folders) if manifest.simulation else None
+    sites = len(federation.train) if federation else None
+    if sites is not None:
+        require_crowd(manifest, sites)
     manifest = pinned(manifest)
     model = resident(manifest)
     state = first_state(model.model, manifest.training.seed)
     header = Evaluate(manifest_sha256=manifest.digest(), run_id="check", round=0, adapter_sha256=state_digest(state))
     down = len(encode(Envelope(header=header, tensors=state)))
-    up = [bytes_up(manifest, state, header, accepted) for accepted in range(manifest.training.rounds)]
+    up = [bytes_up(manifest, state, header, accepted, sites=sites) for accepted in range(manifest.training.rounds)]
     # Rounds that train other parts send other numbers of values; the last two rounds show both of `alternate`'s.
     each_up = " or ".join(dict.fromkeys(map(size_text, sorted(up[-2:]))))
     section, everything = manifest.training, sum(parameter.numel() for parameter in model.model.parameters())
     trainable = sum(array.size for array in state.values())
-    sites = len(federation.train) if federation else None
     examples = section.rounds * section.local_steps * section.batch_size
     rows = [
         ("federation", manifest.name),
@@ -57,6 +63,7 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
         ("rounds", f"{section.rounds} of {section.local_steps} steps of {section.batch_size} records"),
         ("each site sees", f"{count_text(examples)} examples, repetitions counted"),
         ("aggregation", _aggregation(manifest, state)),
+        ("secure sum", _secure_sum(manifest, sites)),
         ("bytes of a round", f"{size_text(down)} down and {each_up} up for each site"),
     ]
     if sites is not None:
@@ -76,19 +83,37 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
         console.print(_site_table(manifest, federation.train, federation.held_out, len(federation.test)))
 
 
-def bytes_up(manifest: Manifest, state: AdapterState, header: Evaluate, accepted: int) -> int:
+def bytes_up(manifest: Manifest, state: AdapterState, header: Evaluate, accepted: int, *, sites: int | None) -> int:
     """Bytes that a site sends in the round that follows on `accepted` aggregations, of both sums where there are two.
 
-    The metrics that a site may send beside its tensors are left out.
+    The metrics that a site may send beside its tensors are left out, and so are the keys and shares of a secure sum,
+    about 130 bytes for each other site. Without a number of sites the sum is one of three.
     """
     shapes = {name: array.shape for name, array in state.items()}
     sent = (make(manifest, shapes, accepted) for make in (contribution_shapes, projection_shapes))
+    if manifest.secure_sum.enabled:
+        crowd = sites or manifest.secure_sum.min_sites
+        layouts = (Layout(tuple(sorted(each.items()))) for each in sent if each)
+        return sum(8 * VectorSpec.of(layout, 1.0, crowd).words for layout in layouts)
     return sum(
         len(
             encode(Envelope(header=header, tensors={name: np.zeros(shape, np.float32) for name, shape in each.items()}))
         )
         for each in sent
         if each
+    )
+
+
+def _secure_sum(manifest: Manifest, sites: int | None) -> str:
+    if not manifest.secure_sum.enabled:
+        return "off: the coordinator sees every site's change"
+    crowd = sites or manifest.secure_sum.min_sites
+    facts = secure_sum_facts(manifest, crowd, ())
+    if facts is None or sites is None:
+        return f"on, among {crowd} sites or more"
+    return (
+        f"over at least {facts.least_survivors} of {sites} sites; {facts.bits} bits and {facts.bytes_per_value:.2f}"
+        " bytes a value"
     )
 
 

@@ -13,7 +13,7 @@ from client.protection import published
 from common.adapters import first_state
 from common.codec.state import state_digest
 from common.config.loading import load_manifest
-from common.errors import DataError, ExtensionError, ManifestError, ModelError, PrivacyError
+from common.errors import DataError, ExtensionError, ManifestError, ModelError, PolicyRefused, PrivacyError
 from common.messages import Envelope, RoundDone, RoundStart, decode, encode
 from common.privacy.accounting import calibrate
 from simulations.check import print_check, training_bytes
@@ -38,6 +38,7 @@ def manifest_file(tmp_path: Path, encoder: Path) -> Callable[..., Path]:
             "adapter": {"rank": 3},
             "training": {"rounds": 4, "local_steps": 5, "batch_size": 2, "precision": "fp32"},
             "simulation": {"train": "train.jsonl", "sites": ["north", "south"], "partitioner": "natural"},
+            "secure_sum": {"enabled": False},
             **tables,
         }
         lines = [
@@ -253,3 +254,14 @@ def test_the_memory_estimate_grows_with_what_it_depends_on(manifest_file: Callab
     )
     assert private - usual == 4 * trained * load_manifest(manifest_file()).training.batch_size
     assert size_text(usual).endswith("MB")
+
+
+def test_it_says_what_a_secure_sum_needs_and_costs(manifest_file: Callable[..., Path]) -> None:
+    four = {"train": "train.jsonl", "sites": 4, "partitioner": "iid"}
+    facts = facts_in(said_by(manifest_file(secure_sum={"enabled": True}, simulation=four)))
+    assert facts["secure sum"] == "over at least 3 of 4 sites; 16 bits and 2.67 bytes a value"
+    (up,) = re.findall(r"down and (.*) up for each site", facts["bytes of a round"])
+    assert bytes_in(up) == pytest.approx(TRAINABLE * 8 / 3, rel=0.01)
+    assert facts_in(said_by(manifest_file()))["secure sum"] == "off: the coordinator sees every site's change"
+    with pytest.raises(PolicyRefused, match=r"secure_sum\.min_sites = 3 sites or more, found 2"):
+        said_by(manifest_file(secure_sum={"enabled": True}))
