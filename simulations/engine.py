@@ -186,7 +186,7 @@ def simulate(
             )
         run.settings = list(compare)
         run.compared = Run.prepare(other, folders, began=began, baselines=False)
-        run.compared.stop = run.stop
+        run.compared.stop, run.compared.is_compared = run.stop, True
     with _stop_on_signal(run.stop), run.folder(runs, run_id, view):
         start_flower(run, client)
         return run.finish()
@@ -284,6 +284,7 @@ class Run:
     sinks: list[EventSink] = field(default_factory=list)
     sites: dict[str, Path] = field(default_factory=dict)
     compared: "Run | None" = None
+    is_compared: bool = False
     compared_summary: RunSummary | None = None
     settings: list[str] = field(default_factory=list)
 
@@ -370,7 +371,9 @@ class Run:
                     raise self.compared.failure
             if self.data.test:
                 self.report(PhaseStarted(phase="test"))
-                adapters = {"untuned": self.first, "federated": self.store.load_round(self._selected())}
+                adapters = {"federated": self.store.load_round(self._selected())}
+                if not self.is_compared:  # what it is compared with has that row
+                    adapters["untuned"] = self.first
                 self._measure_on_test(grid, {name: _Job(POOLED, 0, adapter) for name, adapter in adapters.items()})
         except (CoadaptError, Interrupted) as error:
             self.failure = error
