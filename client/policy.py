@@ -3,17 +3,20 @@
 The site enforces it; a coordinator cannot loosen it. Folders and files in it count from the policy's own folder.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from client.protection import Population
+from client.secure_site import sum_policy
 from common.config.loading import load_document
 from common.config.manifest import Columns, FileName, Manifest, Name, Section
 from common.errors import PrivacyError
+from common.secure_sum.config import SumPolicy
 
-__all__ = ["DataPolicy", "PopulationPolicy", "SitePolicy", "load_policy"]
+__all__ = ["CrowdPolicy", "DataPolicy", "PopulationPolicy", "SitePolicy", "load_policy"]
 
 
 class DataPolicy(Section):
@@ -34,6 +37,23 @@ class PopulationPolicy(Section):
     delta: float = Field(gt=0, lt=1, description="chance that the bound fails; below 1 / units")
 
 
+class CrowdPolicy(Section):
+    """Which secure sums the site is part of, and what may leave in them beside its change.
+
+    The stricter of this and the manifest holds.
+    """
+
+    min_sites: int = Field(3, ge=3, le=2048, description="fewest sites in a sum that this site is part of")
+    max_colluding: int = Field(
+        0, ge=0, le=1024, description="so many sites may work together with the coordinator and still learn nothing"
+    )
+    metrics: Literal["summed", "none"] = Field(
+        "summed",
+        description="what leaves of loss and held-out counts: their sum over the sites, or nothing; with privacy nothing"
+        " does",
+    )
+
+
 class SitePolicy(Section):
     """A whole `site.toml`."""
 
@@ -42,6 +62,17 @@ class SitePolicy(Section):
     ledger: FileName = Field("ledger", description="folder of the ledger, which nobody else may write")
     data: DataPolicy
     population: PopulationPolicy
+    secure_sum: CrowdPolicy = Field(default_factory=CrowdPolicy)
+
+    def sum_policy(self, manifest: Manifest) -> SumPolicy:
+        """What the site insists on in a secure sum: the stricter of its own rules and the manifest's."""
+        own, agreed = self.secure_sum, sum_policy(manifest)
+        return replace(
+            agreed,
+            min_sites=max(own.min_sites, agreed.min_sites),
+            max_colluding=max(own.max_colluding, agreed.max_colluding),
+            unsafe_two_sites=False,
+        )
 
     def account(self) -> Population:
         """The population as the ledger and the accounting know it."""

@@ -40,10 +40,13 @@ def sum_policy(manifest: Manifest) -> SumPolicy:
 
 
 class SecureSite:
-    """One institution under one manifest. `store` keeps what must outlive a restart; one attempt goes on at a time."""
+    """One institution under one manifest. `store` keeps what must outlive a restart; one attempt goes on at a time.
 
-    def __init__(self, site: Site, store: MemoryStore, manifest: Manifest) -> None:
-        self._site, self._store, self._manifest = site, store, manifest
+    With `metrics_leave` false the site's loss and counts are not in the sums, which then speak of the others alone.
+    """
+
+    def __init__(self, site: Site, store: MemoryStore, manifest: Manifest, *, metrics_leave: bool = True) -> None:
+        self._site, self._store, self._manifest, self._metrics_leave = site, store, manifest, metrics_leave
         self._round: SiteRound | None = None
         self._request: Request | None = None
         self._agreed: Agreed | None = None
@@ -112,7 +115,7 @@ class SecureSite:
             self._records = header.records
         body = encode_body(
             weighted(self._manifest, reply.tensors, self._records),
-            extras(self._manifest, request, header, self._records),
+            extras(self._manifest, request, header, self._records, metrics_leave=self._metrics_leave),
             what.spec,
             source=self._rounding(request),
         )

@@ -22,7 +22,7 @@ from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, R
 from common.metrics import Counts, count_names
 from common.secure_sum.config import NO_DP, Agreed, Weights
 
-__all__ = ["Request", "agreed", "counts_in", "extras", "mean_in", "sum_number", "weighted"]
+__all__ = ["Request", "agreed", "counts_in", "extras", "loss_in", "mean_in", "sum_number", "weighted"]
 
 Request = RoundStart | Project | Evaluate
 Shapes = Mapping[str, tuple[int, ...]]
@@ -99,7 +99,7 @@ def _extra_names(manifest: Manifest, header: Request) -> tuple[str, ...]:
         names.append("weight")
     if manifest.privacy is None and not isinstance(header, Project):
         if isinstance(header, RoundStart):
-            names.append("loss")
+            names += ["loss", "losses"]
         if isinstance(header, Evaluate) or header.evaluate:
             names += [_COUNT + name for name in count_names(manifest)]
     return tuple(sorted(names))
@@ -117,16 +117,26 @@ def weighted(manifest: Manifest, tensors: AdapterState, records: int) -> Adapter
     return {name: array * share for name, array in tensors.items()}
 
 
-def extras(manifest: Manifest, request: Request, reply: RoundDone | Projected | Evaluated, records: int) -> Counts:
-    """A site's own extras."""
+def extras(
+    manifest: Manifest,
+    request: Request,
+    reply: RoundDone | Projected | Evaluated,
+    records: int,
+    *,
+    metrics_leave: bool = True,
+) -> Counts:
+    """A site's own extras; zeros in place of its loss and counts where the site's policy keeps them in."""
+    loss = reply.loss if isinstance(reply, RoundDone) and metrics_leave else None
+    counts = reply.counts if not isinstance(reply, Projected) and metrics_leave else {}
     values: Counts = {}
     for name in _extra_names(manifest, request):
         if name == "weight":
             values[name] = _share(manifest, records) * manifest.secure_sum.most_records
         elif name == "loss":
-            values[name] = (reply.loss or 0.0) if isinstance(reply, RoundDone) else 0.0
+            values[name] = loss or 0.0
+        elif name == "losses":
+            values[name] = float(loss is not None)
         else:
-            counts = {} if isinstance(reply, Projected) else reply.counts
             values[name] = counts.get(name.removeprefix(_COUNT), 0.0)
     return values
 
@@ -135,6 +145,12 @@ def mean_in(manifest: Manifest, decoded: DecodedSum, count: int) -> dict[str, np
     """The weighted mean that the sum over `count` sites holds."""
     total = decoded.extras["weight"] / manifest.secure_sum.most_records if _by_records(manifest) else count
     return {name: array / total for name, array in decoded.state.items()}
+
+
+def loss_in(decoded: DecodedSum) -> float | None:
+    """The mean training loss of the sites that tell theirs; None where none does."""
+    losses = decoded.extras.get("losses", 0.0)
+    return decoded.extras["loss"] / losses if losses else None
 
 
 def counts_in(decoded: DecodedSum) -> Counts:

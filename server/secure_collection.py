@@ -17,7 +17,7 @@ from common.progress import EventSink, SiteFailed, SumOpened
 from common.roster import Roster
 from common.secure_sum.config import RoundConfig
 from common.secure_sum.coordinator import CoordinatorRound, Stage
-from common.summed import Request, agreed, counts_in, mean_in, sum_number
+from common.summed import Request, agreed, counts_in, loss_in, mean_in, sum_number
 from server.channel import Channel
 from server.collection import Collected, Shapes, SiteAnswer
 from server.ranges import Ranges
@@ -73,9 +73,9 @@ class SecureCollection:
         done = self._collected(opened)
         done.mean = mean_in(self._manifest, opened.decoded, len(opened.survivors))
         self._ranges.saw(done.mean)
-        counts, loss = counts_in(opened.decoded), opened.decoded.extras.get("loss")
+        counts = counts_in(opened.decoded)
         done.counts = {ALL_SITES: counts} if counts else {}
-        done.loss = None if loss is None else loss / len(opened.survivors)
+        done.loss = loss_in(opened.decoded)
         return done
 
     def second(self, start: RoundStart, basis: AdapterState, shapes: Shapes, before: Collected) -> Collected:

@@ -1,5 +1,6 @@
 """The site policy, and the command that shows the ledger."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from client.commands import site
 from client.ledger import Account, Charge, Ledger
 from client.policy import load_policy
 from client.protection import Population
+from common.config.manifest import Manifest
 from common.errors import ManifestError
 from common.privacy.accounting import Steps, rdp_epsilon
 
@@ -46,6 +48,21 @@ def test_a_policy_is_read_and_its_files_are_found_from_anywhere(policy: Path, tm
     assert read.data.train == str(tmp_path / "records.jsonl")
     assert read.data.held_out is None
     assert read.ledger == str(tmp_path / "ledger")
+
+
+def test_the_stricter_of_policy_and_manifest_holds_in_a_sum(
+    policy: Path, manifest_for: Callable[..., Manifest]
+) -> None:
+    policy.write_text(POLICY + "[secure_sum]\nmin_sites = 5\nmetrics = 'none'\n")
+    mine = load_policy(policy)
+    assert mine.secure_sum.metrics == "none"
+    loose = {"min_sites": 2, "max_colluding": 1, "unsafe_two_sites": True}
+    found = mine.sum_policy(manifest_for(secure_sum=loose, privacy={"epsilon": 1.0}))
+    assert (found.min_sites, found.max_colluding, found.unsafe_two_sites) == (5, 1, False)
+    assert found.noised_at_site
+    assert mine.sum_policy(manifest_for(secure_sum={"min_sites": 7})).min_sites == 7
+    assert load_policy(policy).sum_policy(manifest_for()).noised_at_site is False
+    assert "must be an integer from 3 to 2048, found 2" in problems(policy, POLICY + "[secure_sum]\nmin_sites = 2\n")[0]
 
 
 def test_every_problem_has_its_line_and_a_hint(policy: Path) -> None:

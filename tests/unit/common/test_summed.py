@@ -13,7 +13,7 @@ from common.config.manifest import Manifest
 from common.errors import MessageError
 from common.messages import Envelope, Evaluate, Project, RoundDone, RoundStart
 from common.metrics import count_names, figures
-from common.summed import agreed, counts_in, extras, mean_in, sum_number, weighted
+from common.summed import agreed, counts_in, extras, loss_in, mean_in, sum_number, weighted
 
 SPOKEN = {"manifest_sha256": "a" * 64, "run_id": "r", "adapter_sha256": "b" * 64}
 SHAPES = {"head.weight": (2, 2)}
@@ -82,9 +82,9 @@ def test_with_privacy_nothing_but_the_public_weight_goes_beside(manifest_for: Ma
     assert extras(equal, start(), done(loss=None, counts={}), 30) == {}
     plain = manifest_for()
     found = extras(plain, start(), done(), 30)
-    assert found.keys() == {"weight", "loss", *(f"count/{name}" for name in count_names(plain))}
+    assert found.keys() == {"weight", "loss", "losses", *(f"count/{name}" for name in count_names(plain))}
     assert (found["loss"], found["count/correct"], found["count/tp/0"]) == (1.5, 3.0, 0.0)
-    assert extras(plain, start(evaluate=False), done(), 30).keys() == {"weight", "loss"}
+    assert extras(plain, start(evaluate=False), done(), 30).keys() == {"weight", "loss", "losses"}
     assert extras(plain, _project(1), done(), 30).keys() == {"weight"}
 
 
@@ -116,3 +116,15 @@ def test_counts_of_nothing_are_none(manifest_for: Manifests) -> None:
     )
     assert figures("text-classification", counts, ["accuracy"]) == {"accuracy": 0.75}
     assert "loss" not in counts
+
+
+def test_a_site_may_keep_its_metrics_in(manifest_for: Manifests) -> None:
+    manifest = manifest_for()
+    told, kept = (extras(manifest, start(), done(), 30, metrics_leave=leave) for leave in (True, False))
+    assert told.keys() == kept.keys()
+    assert {name for name, value in kept.items() if value} == {"weight"}
+    both = DecodedSum({}, {name: told[name] + kept[name] for name in told})
+    assert loss_in(both) == 1.5  # of the one that tells
+    assert counts_in(both)["records"] == 4.0
+    assert loss_in(DecodedSum({}, kept)) is None
+    assert loss_in(DecodedSum({}, {})) is None
