@@ -160,7 +160,6 @@ class Coordinator:
         mean: Mean = collector.result()
         if isinstance(self._method, TwoSums) and (basis := self._method.basis(mean)):
             mean = {**mean, **self._second_mean(start, basis, done)}
-            self._require_enough(done)
         # 6. Aggregate, where the guards let it pass, and store before anyone hears of it.
         done.rejected = self._aggregate(mean, done)
         done.seconds = time.monotonic() - began
