@@ -8,14 +8,7 @@ READY := $(VENV)/.installed
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-# The same beside a private federation: few large steps on the head alone, which is what so few records at a site can
-# pay for. A large epsilon of Adam makes its steps proportional to the noised gradient (docs/lab-notes.md).
-PRIVATE := privacy.epsilon=8 adapter.method=head training.rounds=5 training.local_steps=1 training.batch_size=96 \
-  training.micro_batch_size=32 training.learning_rate=1.0 training.adam_epsilon=0.05 training.warmup_steps=0 \
-  training.schedule=constant aggregation.server_learning_rate=1.0 aggregation.server_momentum=0.8 \
-  aggregation.weighting=uniform
-
-.PHONY: install simulate private test check format clean
+.PHONY: install simulate test check format clean
 
 install: $(READY)
 
@@ -28,9 +21,6 @@ $(READY): pyproject.toml constraints.txt
 
 simulate: $(READY)
 	$(BIN)/coadapt simulate simulations/scenarios/contracts.toml
-
-private: $(READY)
-	$(BIN)/coadapt simulate simulations/scenarios/contracts.toml $(addprefix --compare ,$(PRIVATE))
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -88,10 +88,7 @@ def train_round(
     # 4. Reply with the contribution alone.
     after = get_state(resident.model)
     header = RoundDone(
-        manifest_sha256=start.manifest_sha256,
-        run_id=start.run_id,
-        round=start.round,
-        adapter_sha256=start.adapter_sha256,
+        **start.spoken_of(),
         records=len(site.train),
         examples=outcome.examples,
         loss=outcome.loss,
@@ -146,7 +143,7 @@ def _train_privately(
     before = newest(envelope.tensors, manifest.adapter.rank)
     check_moved({name: before[name] for name in trained}, after)
     header = RoundDone(
-        **start.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"}),
+        **start.spoken_of(),
         records=protection.units,
         examples=section.local_steps * section.batch_size,
         loss=None,
@@ -178,7 +175,7 @@ def project(envelope: Envelope, request: Project, manifest: Manifest, state: Sit
     if request.round != state.last_round or not state.kept:
         raise MessageError(f"round {request.round} has no second sum to come from this site")
     sent = projection(scale(manifest.adapter), tensors_from_bytes(state.kept), envelope.tensors)
-    header = Projected(**request.model_dump(exclude={"kind"}))
+    header = Projected(**request.spoken_of())
     return Envelope(header=header, tensors=sent), replace(state, kept=b"")
 
 
@@ -186,8 +183,7 @@ def evaluate(envelope: Envelope, request: Evaluate, manifest: Manifest, site: Si
     """Answer an Evaluate with counts on the site's held-out records; with privacy they stay at the site."""
     _check_adapter(envelope, request.adapter_sha256)
     set_state(resident.model, envelope.tensors)
-    values = request.model_dump(exclude={"kind"})
-    return Envelope(header=Evaluated(**values, counts=_counts(manifest, site, resident)))
+    return Envelope(header=Evaluated(**request.spoken_of(), counts=_counts(manifest, site, resident)))
 
 
 def _check_adapter(envelope: Envelope, announced: str) -> None:

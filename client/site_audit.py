@@ -45,8 +45,10 @@ def print_audit(
     policy = load_policy(policy_path)
     manifest = _claiming(load_manifest(manifest_path, overrides), epsilon, rounds)
     policy.require_unit(manifest)
+    tested = (
+        None if adapter is None else _membership(manifest, policy, adapter)
+    )  # quick, so what it lacks is said first
     found = _audited(manifest, policy, canaries, unsafe_without_noise=unsafe_without_noise)
-    tested = None if adapter is None else _membership(manifest, policy, adapter)
     if as_json:
         facts = {**asdict(found), "noise": not unsafe_without_noise, "membership": tested and asdict(tested)}
         print(json.dumps(facts, indent=2))

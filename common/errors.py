@@ -13,6 +13,22 @@
     ├── MessageError         an envelope is malformed, of another version or out of turn
     ├── RoundError           too few sites answered to finish a round
     ├── RunError             a run cannot start or a run's files cannot be used
+    ├── SecureSumError       a secure sum was refused or cannot be formed; whoever raises it reveals nothing
+    │   ├── RosterRefused    the roster is not what every institution in it signed
+    │   ├── SignatureRefused a signature does not verify
+    │   ├── MalformedMessage a message is cut, too long or not canonical
+    │   ├── WrongContext     a message speaks of another federation, round, adapter or configuration
+    │   ├── ReplayRefused    a round's attempt is not newer than what the site has answered before
+    │   ├── RerunRefused     a second vector for a round in which one left already
+    │   ├── OutOfTurn        a message comes too late, too early or twice
+    │   ├── PolicyRefused    a round is looser than the site's own policy
+    │   ├── KeyRefused       a one-time key was swapped, repeated or is of low order
+    │   ├── ShareRefused     a share does not authenticate or disagrees with the others
+    │   ├── SurvivorsRefused the list of survivors is not one list, or not a true one
+    │   ├── TooFewSites      fewer sites than the thresholds ask for
+    │   ├── VectorRefused    a vector has the wrong length, digest or form
+    │   ├── NotFiniteValue   a value to be summed is NaN or infinite
+    │   └── ChecksumMismatch the opened sum is not a sum of what the sites encoded
     └── ExtensionError       something named by import path cannot be loaded or misbehaves
 
 A message says what is wrong, the rule, the value found and what to do, on one line.
@@ -25,18 +41,34 @@ import re
 __all__ = [
     "AdapterError",
     "BudgetError",
+    "ChecksumMismatch",
     "CoadaptError",
     "DataError",
     "ExtensionError",
+    "KeyRefused",
     "LedgerError",
+    "MalformedMessage",
     "ManifestError",
     "MessageError",
     "ModelError",
     "NotFiniteLoss",
+    "NotFiniteValue",
+    "OutOfTurn",
+    "PolicyRefused",
     "PrivacyError",
+    "ReplayRefused",
+    "RerunRefused",
+    "RosterRefused",
     "RoundError",
     "RunError",
+    "SecureSumError",
+    "ShareRefused",
+    "SignatureRefused",
+    "SurvivorsRefused",
+    "TooFewSites",
     "TrainingError",
+    "VectorRefused",
+    "WrongContext",
     "error_code",
 ]
 
@@ -121,6 +153,110 @@ class RunError(CoadaptError):
     """A run cannot start, or a run's files cannot be used."""
 
     code = "run"
+
+
+class SecureSumError(CoadaptError):
+    """A secure sum was refused or cannot be formed; whoever raises it reveals nothing."""
+
+    code = "secure_sum"
+
+
+class RosterRefused(SecureSumError):
+    """The roster is not what every institution in it signed."""
+
+    code = "roster"
+
+
+class SignatureRefused(SecureSumError):
+    """A signature does not verify."""
+
+    code = "signature"
+
+
+class MalformedMessage(SecureSumError):
+    """A message is cut, too long or not canonical."""
+
+    code = "malformed"
+
+
+class WrongContext(SecureSumError):
+    """A message speaks of another federation, round, adapter or configuration."""
+
+    code = "context"
+
+
+class ReplayRefused(SecureSumError):
+    """A round's attempt is not newer than what the site has answered before."""
+
+    code = "replay"
+
+
+class RerunRefused(SecureSumError):
+    """A second vector was asked for in a round in which one left already; their difference would tell."""
+
+    code = "rerun"
+
+
+class OutOfTurn(SecureSumError):
+    """A message comes too late, too early or twice."""
+
+    code = "out_of_turn"
+
+
+class PolicyRefused(SecureSumError):
+    """A round is looser than the site's own policy or its roster."""
+
+    code = "sum_policy"
+
+
+class KeyRefused(SecureSumError):
+    """A one-time key was swapped, repeated or is of low order."""
+
+    code = "key"
+
+
+class ShareRefused(SecureSumError):
+    """A share does not authenticate or disagrees with the others; `sites` are whose share it is, if that shows."""
+
+    code = "share"
+
+    def __init__(self, message: str, sites: tuple[int, ...] = ()) -> None:
+        self.sites = sites
+        super().__init__(message)
+
+
+class SurvivorsRefused(SecureSumError):
+    """The list of survivors is not one list, or not a true one; `evidence` is a signed message that shows it."""
+
+    code = "survivors"
+
+    def __init__(self, message: str, evidence: bytes = b"") -> None:
+        self.evidence = evidence
+        super().__init__(message)
+
+
+class TooFewSites(SecureSumError):
+    """Fewer sites than the thresholds ask for."""
+
+    code = "too_few"
+
+
+class VectorRefused(SecureSumError):
+    """A vector has the wrong length, digest or form."""
+
+    code = "vector"
+
+
+class NotFiniteValue(SecureSumError):
+    """A value to be summed is NaN or infinite; the site sits the round out."""
+
+    code = "not_finite"
+
+
+class ChecksumMismatch(SecureSumError):
+    """The opened sum is not a sum of what the sites encoded; it must not be used."""
+
+    code = "checksum"
 
 
 class ExtensionError(CoadaptError):

@@ -42,8 +42,20 @@ class _Header(BaseModel):
     round: int = Field(ge=0)
     adapter_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="digest of the adapter that this speaks of")
 
+    def spoken_of(self) -> dict[str, Any]:
+        """What a request and its answer must have in common."""
+        return self.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"})
 
-class RoundStart(_Header):
+
+class _Request(_Header):
+    """What a coordinator asks. With a secure sum `secure_sum` holds the protocol's own RoundStart, in hex, and `ranges`
+    how far each summed tensor's values may go, in the unit of the values; without one both are empty."""
+
+    secure_sum: str = Field("", pattern=r"^([0-9a-f]{2})*$", max_length=65536)
+    ranges: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+
+
+class RoundStart(_Request):
     """Coordinator to site: train from the adapter in the tensors.
 
     `evaluate` asks the site to measure that adapter on its held-out records first. How many steps to take is agreed
@@ -78,7 +90,7 @@ class RoundDone(_Header):
     sampling_rate: float | None
 
 
-class Project(_Header):
+class Project(_Request):
     """Coordinator to site: the round's first sum has given a basis, which is in the tensors, for its second sum."""
 
     kind: Literal["project"] = "project"
@@ -90,7 +102,7 @@ class Projected(_Header):
     kind: Literal["projected"] = "projected"
 
 
-class Evaluate(_Header):
+class Evaluate(_Request):
     """Coordinator to site: measure the adapter in the tensors on held-out records."""
 
     kind: Literal["evaluate"] = "evaluate"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from common.config.manifest import LOWER_IS_BETTER, METRICS
+from common.config.manifest import LOWER_IS_BETTER, METRICS, Manifest
 from common.errors import ExtensionError, ManifestError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "add",
     "better",
     "causal_counts",
+    "count_names",
     "entities",
     "entity_counts",
     "figures",
@@ -113,6 +114,22 @@ def own_counts(path: str, value: object, records: int) -> Counts:
     if not math.isfinite(number):
         raise ExtensionError(f"metric {path!r}: must return a finite number for any records, found {number}")
     return {f"metric:{path}": number * records}
+
+
+def count_names(manifest: Manifest) -> tuple[str, ...]:
+    """The keys that a manifest's counts have, sorted: what sites must know before they can add them."""
+    kind, labels = manifest.task.kind, len(manifest.task.labels)
+    of_the_task = {
+        "text-classification": [
+            "loss_sum",
+            "correct",
+            *(f"{k}/{n}" for k in ("tp", "fp", "fn") for n in range(labels)),
+        ],
+        "token-classification": ["loss_sum", "tp", "fp", "fn"],
+        "causal-lm": ["loss_sum", "nll", "tokens", "bytes"],
+    }[kind]
+    own = [f"metric:{metric}" for metric in manifest.metrics if ":" in metric]
+    return tuple(sorted(["records", *of_the_task, *own]))
 
 
 def add(*counts: Mapping[str, float]) -> Counts:

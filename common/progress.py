@@ -31,6 +31,7 @@ __all__ = [
     "RunStopped",
     "SiteFailed",
     "SiteFinished",
+    "SumOpened",
     "read_events",
 ]
 
@@ -100,6 +101,20 @@ class SiteFailed(Event):
     round: int
     site: str
     code: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumOpened(Event):
+    """A secure sum over `survivors` was opened; `threshold` of them had to agree, `dropped` were invited too.
+
+    `transcript` is the SHA-256 in hex over the signatures of all its messages.
+    """
+
+    round: int
+    survivors: tuple[str, ...]
+    dropped: tuple[str, ...]
+    threshold: int
+    transcript: str
 
 
 @dataclass(frozen=True, kw_only=True)

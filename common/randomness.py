@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-__all__ = ["SystemRandomness", "seed_dropout", "seeded", "seeded_int"]
+__all__ = ["SystemRandomness", "seed_dropout", "seeded", "seeded_int", "system_bytes"]
 
 
 def seeded_int(seed: int, *labels: str | int) -> int:
@@ -25,6 +25,11 @@ def seeded(seed: int, *labels: str | int) -> np.random.Generator:
     Equal seeds and labels give equal streams on every machine (PCG64, seeded with SHA-256 of seed and labels).
     """
     return np.random.Generator(np.random.PCG64(seeded_int(seed, *labels)))
+
+
+def system_bytes(count: int) -> bytes:
+    """`count` bytes from the operating system, for keys, seeds and shares; nobody can repeat them."""
+    return os.urandom(count)
 
 
 def seed_dropout(seed: int, *labels: str | int) -> None:

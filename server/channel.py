@@ -10,6 +10,7 @@ from typing import Protocol
 from common.errors import MessageError
 from common.flower import ConfigRecord, Grid, Message, RecordDict, pack, unpack
 from common.messages import Envelope, decode
+from common.secure_sum.messages import VERSION
 
 __all__ = ["Channel", "FlowerChannel", "Interrupted", "Reply"]
 
@@ -24,13 +25,17 @@ class Interrupted(Exception):  # no CoadaptError: a wish of the person, not a fa
 
 @dataclass(frozen=True)
 class Reply:
-    """A site's answer: an envelope, or None and a fixed word why there is none. Sizes are in bytes."""
+    """A site's answer: an envelope, or a message of the secure sum as `data`, or a fixed word why there is neither.
+
+    Sizes are in bytes.
+    """
 
     site: str
     envelope: Envelope | None
     code: str
     bytes_up: int
     bytes_down: int
+    data: bytes = b""
 
 
 class Channel(Protocol):
@@ -109,6 +114,8 @@ def _read(site: str, message: Message, bytes_down: int) -> Reply:
         return Reply(site, None, code if _CODE.fullmatch(code) else MessageError.code, 0, bytes_down)
     try:
         data = unpack(message.content)
+        if data[:1] == bytes([VERSION]):  # an envelope begins with a zero, the high byte of a length
+            return Reply(site, None, "", len(data), bytes_down, data)
         envelope = decode(data)
     except MessageError as error:
         return Reply(site, None, error.code, 0, bytes_down)

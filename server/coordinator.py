@@ -3,24 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
-from common.errors import AdapterError, RoundError, RunError
+from common.errors import RoundError, RunError
 from common.factors import newest
-from common.messages import (
-    Envelope,
-    Evaluate,
-    Evaluated,
-    Project,
-    Projected,
-    Refused,
-    RoundDone,
-    RoundStart,
-    encode,
-)
+from common.messages import Evaluate, RoundStart
 from common.metrics import Counts, add, better, figures
 from common.progress import (
     EventSink,
@@ -29,13 +19,12 @@ from common.progress import (
     RoundRejected,
     RoundStarted,
     RoundValidated,
-    SiteFailed,
-    SiteFinished,
 )
-from server.aggregation.method import Collector, Mean, TwoSums
+from server.aggregation.method import Mean, TwoSums
 from server.aggregation.methods import method_for
 from server.aggregation.optimiser import optimiser_for
-from server.channel import Channel, Reply
+from server.channel import Channel
+from server.collection import Collected, Collection, PlainCollection, SiteAnswer
 from server.guards import Rejection, too_long, too_much_worse
 from server.run_store import RunStore
 
@@ -44,19 +33,6 @@ __all__ = ["Coordinator", "SiteAnswer", "StoredRound"]
 
 # In place of a site: the counts on public records. No site has a name with a blank.
 PUBLIC = "public records"
-
-
-@dataclass(frozen=True)
-class SiteAnswer:
-    """What one site sent in a round, without its tensors."""
-
-    site: str
-    records: int
-    examples: int
-    loss: float | None
-    seconds: float
-    bytes_up: int
-    bytes_down: int
 
 
 @dataclass
@@ -73,10 +49,13 @@ class StoredRound:
     seconds: float = 0.0
     counts: dict[str, Counts] = field(default_factory=dict)
     rejected: Rejection | None = None
+    summed_loss: float | None = None
 
     @property
     def train_loss(self) -> float | None:
         """Mean of the answering sites' losses, each site counting once; None where no site tells its own."""
+        if self.summed_loss is not None:
+            return self.summed_loss
         losses = [answer.loss for answer in self.answers if answer.loss is not None]
         return sum(losses) / len(losses) if losses else None
 
@@ -84,7 +63,8 @@ class StoredRound:
 class Coordinator:
     """Runs the rounds of one manifest over a channel. `rounds` grows as rounds are finished; [0] is the start.
 
-    `public` measures an adapter on public records; then no site is asked to measure. `accepted` is the number of
+    `public` measures an adapter on public records; then no site is asked to measure. `sums` are secure sums over the
+    sites; without them the coordinator sees what each site sends. `accepted` is the number of
     aggregations that went into `adapter`.
 
     Raises:
@@ -104,6 +84,7 @@ class Coordinator:
         store: RunStore,
         report: EventSink,
         public: Callable[[AdapterState], Counts] | None = None,
+        sums: Collection | None = None,
     ) -> None:
         if manifest.aggregation.accept_drop is not None and public is None:
             raise RunError("aggregation.accept_drop needs public records to measure on, and this coordinator has none")
@@ -112,12 +93,14 @@ class Coordinator:
         self._digest = manifest.digest()
         self._run_id = run_id
         self._sites = tuple(sites)
-        self._channel = channel
         self._store = store
         self._report = report
         # Of what trains: an adapter of stacked pairs (`ffa`) is larger, and its newest pairs keep these shapes.
         self._shapes = {name: array.shape for name, array in newest(first, manifest.adapter.rank).items()}
         self._method = method_for(manifest, self._shapes)
+        self._collection = sums or PlainCollection(
+            manifest, sites=sites, channel=channel, collector=self._method.collector, report=report
+        )
         self._step = optimiser_for(manifest.aggregation)
         self.adapter = first
         self.accepted = 0
@@ -140,30 +123,33 @@ class Coordinator:
 
     def _round(self, number: int) -> None:
         began = time.monotonic()
-        # 1. Invite every site with the present adapter.
+        # 1. Invite every site with the present adapter, and take in what they make of it.
         self._report(RoundStarted(round=number, sites=self._sites))
         measure = (number - 1) % self._manifest.evaluation.every == 0
         start = RoundStart(**self._header(number), evaluate=measure and self._public is None, accepted=self.accepted)
         if measure and self._public is not None and not self.rounds[-1].counts:
             self.rounds[-1].counts = {PUBLIC: self._public(self.adapter)}
-        request = encode(Envelope(header=start, tensors=self.adapter))
-        # 2. Take in the contributions as they come. A site that fails sits the round out; the others go on.
-        collector = self._method.collector(contribution_shapes(self._manifest, self._shapes, self.accepted))
         done = StoredRound(number)
-        for reply in self._channel.exchange(dict.fromkeys(self._sites, request), kind="train"):
-            self._take_in(reply, start, collector, done)
-        # 3. What the sites measured belongs to the adapter that they received.
+        shapes = contribution_shapes(self._manifest, self._shapes, self.accepted)
+        collected = self._collection.first(start, self.adapter, shapes)
+        self._take_in(collected, done)
+        # 2. What the sites measured belongs to the adapter that they received.
+        if self._public is None:  # else no site was asked for any
+            self.rounds[-1].counts |= collected.counts
         self._validated(self.rounds[-1])
-        # 4. Too few answers end the run: their mean would be the work of a few, sold as that of all.
+        # 3. Too few answers end the run: their mean would be the work of a few, sold as that of all.
         self._require_enough(done)
-        # 5. The mean, from a second sum too where the method takes one.
-        mean: Mean = collector.result()
+        # 4. The mean, from a second sum too where the method takes one.
+        mean = collected.mean
         if isinstance(self._method, TwoSums) and (basis := self._method.basis(mean)):
-            mean = {**mean, **self._second_mean(start, basis, done)}
-        # 6. Aggregate, where the guards let it pass, and store before anyone hears of it.
+            shapes = projection_shapes(self._manifest, self._shapes, self.accepted)
+            second = self._collection.second(start, basis, shapes, collected)
+            self._take_in(second, done)
+            self._require_enough(done)
+            mean = {**mean, **second.mean}
+        # 5. Aggregate, where the guards let it pass, and store before anyone hears of it.
         done.rejected = self._aggregate(mean, done)
         done.seconds = time.monotonic() - began
-        done.bytes_down += len(request) * len(self._sites)
         self._store.save_round(
             number,
             self.adapter,
@@ -225,73 +211,11 @@ class Coordinator:
                 f" round {last[0].number - 1} is stored. Lower the learning rates, or give the guard more room"
             )
 
-    def _second_mean(self, start: RoundStart, basis: AdapterState, done: StoredRound) -> Mean:
-        """The mean of what the sites of the first sum make of the basis; who does not answer sits the round out."""
-        header = Project(**start.model_dump(include=set(_NAMES)))
-        request = encode(Envelope(header=header, tensors=basis))
-        collector = self._method.collector(projection_shapes(self._manifest, self._shapes, self.accepted))
-        first = {answer.site: answer for answer in done.answers}
-        done.bytes_down += len(request) * len(first)
-        done.answers = []
-        for reply in self._channel.exchange(dict.fromkeys(first, request), kind="train"):
-            answer = reply.envelope.header if reply.envelope else None
-            code = reply.code or (answer.code if isinstance(answer, Refused) else "message")
-            if isinstance(answer, Projected) and _answers(answer, header):
-                try:
-                    collector.add(reply.envelope.tensors if reply.envelope else {}, self._weight(first[reply.site]))
-                except AdapterError as error:
-                    code = error.code
-                else:
-                    both = first[reply.site]
-                    up, down = both.bytes_up + reply.bytes_up, both.bytes_down + reply.bytes_down
-                    done.answers.append(replace(both, bytes_up=up, bytes_down=down))
-                    continue
-            done.failures[reply.site] = code
-            self._report(SiteFailed(round=start.round, site=reply.site, code=code))
-        self._require_enough(done)
-        return collector.result()
-
-    def _weight(self, answer: "RoundDone | SiteAnswer") -> float:
-        return answer.records if self._manifest.aggregation.weighting == "records" else 1
-
-    def _take_in(self, reply: Reply, start: RoundStart, collector: Collector, done: StoredRound) -> None:
-        header = reply.envelope.header if reply.envelope else None
-        code = reply.code or (header.code if isinstance(header, Refused) else "message")
-        if isinstance(header, RoundDone) and _answers(header, start):
-            try:
-                if header.loss is not None and not math.isfinite(header.loss):
-                    raise AdapterError("the loss is not finite")
-                collector.add(reply.envelope.tensors if reply.envelope else {}, self._weight(header))
-            except AdapterError as error:
-                code = error.code
-            else:
-                done.answers.append(
-                    SiteAnswer(
-                        site=reply.site,
-                        records=header.records,
-                        examples=header.examples,
-                        loss=header.loss,
-                        seconds=header.seconds,
-                        bytes_up=reply.bytes_up,
-                        bytes_down=reply.bytes_down,
-                    )
-                )
-                if self._public is None:  # no site was asked for any
-                    self.rounds[-1].counts[reply.site] = header.counts
-                self._report(
-                    SiteFinished(
-                        round=start.round,
-                        site=reply.site,
-                        train_loss=header.loss,
-                        examples=header.examples,
-                        seconds=header.seconds,
-                        bytes_up=reply.bytes_up,
-                        bytes_down=reply.bytes_down,
-                    )
-                )
-                return
-        done.failures[reply.site] = code
-        self._report(SiteFailed(round=start.round, site=reply.site, code=code))
+    def _take_in(self, collected: Collected, done: StoredRound) -> None:
+        done.answers = collected.answers
+        done.failures |= collected.failures
+        done.bytes_down += collected.bytes_down
+        done.summed_loss = done.summed_loss if collected.loss is None else collected.loss
 
     def _validate_last(self) -> None:
         """Have the last adapter measured, which no further round does."""
@@ -301,15 +225,7 @@ class Coordinator:
             last.counts = last.counts or {PUBLIC: self._public(self.adapter)}
             self._validated(last)
             return
-        header = Evaluate(**self._header(last.number))
-        request = encode(Envelope(header=header, tensors=self.adapter))
-        for reply in self._channel.exchange(dict.fromkeys(self._sites, request), kind="evaluate"):
-            answer = reply.envelope.header if reply.envelope else None
-            if isinstance(answer, Evaluated) and _answers(answer, header):
-                last.counts[reply.site] = answer.counts
-            else:
-                code = answer.code if isinstance(answer, Refused) else reply.code or "message"
-                self._report(SiteFailed(round=last.number, site=reply.site, code=code))
+        last.counts |= self._collection.measured(Evaluate(**self._header(last.number)), self.adapter).counts
         self._validated(last)
 
     def _validated(self, done: StoredRound) -> None:
@@ -341,15 +257,6 @@ class Coordinator:
                 if number == known[0][0] or better(metric, value, dict(known)[best]):
                     best = number
         return best
-
-
-# What says what an envelope speaks of.
-_NAMES = ("manifest_sha256", "run_id", "round", "adapter_sha256")
-
-
-def _answers(header: RoundDone | Projected | Evaluated, request: RoundStart | Project | Evaluate) -> bool:
-    """Whether a reply speaks of the very request: same manifest, run, round and adapter."""
-    return all(getattr(header, name) == getattr(request, name) for name in _NAMES)
 
 
 def _listed(failures: dict[str, str]) -> str:

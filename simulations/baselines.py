@@ -63,8 +63,7 @@ def train_alone(request: Envelope, manifest: Manifest, site: str, folder: Path, 
     if held_out.exists():
         own = _examples(held_out, manifest, model)[: manifest.evaluation.max_records]
         counts |= _marked(HELD_OUT, _measured(manifest, model, own))
-    values = request.header.model_dump(include={"manifest_sha256", "run_id", "round", "adapter_sha256"})
-    return Envelope(header=Evaluated(**values, counts=counts))
+    return Envelope(header=Evaluated(**request.header.spoken_of(), counts=counts))
 
 
 def _marked(part: str, counts: Counts) -> Counts:

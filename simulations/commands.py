@@ -185,13 +185,14 @@ def check(manifest: ManifestPath, data: DataFolder = None, overrides: Overrides 
 def bench(
     name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation or dp-step.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    sites: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
+    sites: Annotated[int, typer.Option(min=1, help="simulation: number of sites.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="simulation: number of rounds.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="dp-step: steps of each engine.")] = 7,
 ) -> None:
     """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
     from simulations.benchmarks.bench import print_bench
 
-    print_bench(name, as_json=as_json, sites=sites, rounds=rounds)
+    print_bench(name, as_json=as_json, sites=sites, rounds=rounds, repetitions=repetitions)
 
 
 def main() -> None:

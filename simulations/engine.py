@@ -45,13 +45,15 @@ from common.models import find_base, load_tokenizer
 from common.progress import BaselineFinished, Event, EventLog, EventSink, PhaseStarted, RunStarted, RunStopped
 from common.tasks.causal_lm import prompt_digest
 from server.aggregation.methods import method_for
-from server.channel import FlowerChannel, Interrupted
+from server.channel import Channel, FlowerChannel, Interrupted
 from server.coordinator import Coordinator
 from server.run_store import RunStore
+from server.secure_collection import SecureCollection
 from simulations import summarise
 from simulations.app import THREADS, client
 from simulations.baselines import HELD_OUT, TEST, part_of
 from simulations.report import write_report
+from simulations.secure_sites import SecureSites, found_consortium, require_crowd
 from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
 from simulations.summary import BaseModelFacts, ComparedFacts, RunSummary, Timing
 from simulations.workers import end_workers, start_workers
@@ -268,6 +270,7 @@ class Run:
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
     coordinator: Coordinator | None = None
+    secure_sites: SecureSites | None = None
     sinks: list[EventSink] = field(default_factory=list)
     sites: dict[str, Path] = field(default_factory=dict)
     compared: "Run | None" = None
@@ -280,6 +283,7 @@ class Run:
         simulation = simulation_of(manifest)
         find_metrics(manifest, folders[-1])
         data = read_federation(manifest, folders)
+        require_crowd(manifest, len(data.train))
         for site, population in populations(manifest, data).items():
             try:
                 mechanism(manifest, population)
@@ -361,12 +365,27 @@ class Run:
 
     def _rounds(self, grid: Grid) -> None:
         self.report(PhaseStarted(phase="rounds"))
+        channel: Channel = self._channel(grid, {site: _Job(site, 0, {}) for site in self.data.train})
+        sums = None
+        if self.manifest.secure_sum.enabled:
+            consortium = found_consortium(self.manifest, list(self.data.train))
+            self.secure_sites = SecureSites(channel, consortium.sites, self.report)
+            sums = SecureCollection(
+                self.manifest,
+                identity=consortium.coordinator,
+                roster=consortium.roster,
+                sites=list(self.data.train),
+                shapes={name: array.shape for name, array in self.first.items()},
+                channel=self.secure_sites,
+                report=self.report,
+            )
         self.coordinator = Coordinator(
             self.manifest,
             run_id=self.run_id,
             sites=list(self.data.train),
             first=self.first,
-            channel=self._channel(grid, {site: _Job(site, 0, {}) for site in self.data.train}),
+            channel=channel,
+            sums=sums,
             store=self.store,
             report=self.report,
             public=self._measure_public if self.data.public else None,
@@ -480,8 +499,9 @@ class Run:
         return summary
 
     def _summary(self, status: Literal["finished", "interrupted", "failed"], reason: str) -> RunSummary:
-        rounds = summarise.round_facts(self.coordinator) if self.coordinator else []
         done = self.coordinator.rounds if self.coordinator else []
+        done = self.secure_sites.as_seen(done) if self.secure_sites else done
+        rounds = summarise.round_facts(self.coordinator, done) if self.coordinator else []
         model, manifest, other = self.resident.model, self.manifest, self.compared_summary
         trainable = sum(array.size for array in self.first.values())
         everything = sum(parameter.numel() for parameter in model.parameters())

@@ -61,8 +61,8 @@ def data_facts(data: FederationData, truncated: Mapping[str, int], partitioner: 
     )
 
 
-def round_facts(coordinator: Coordinator) -> list[RoundFacts]:
-    """The finished rounds, from round 0."""
+def round_facts(coordinator: Coordinator, rounds: Sequence[StoredRound]) -> list[RoundFacts]:
+    """The finished rounds, from round 0; `rounds` are the coordinator's with what is known of each site."""
     return [
         RoundFacts(
             round=done.number,
@@ -73,10 +73,10 @@ def round_facts(coordinator: Coordinator) -> list[RoundFacts]:
             bytes_up=sum(answer.bytes_up for answer in done.answers),
             bytes_down=done.bytes_down,
             seconds=done.seconds,
-            training_seconds=max((answer.seconds for answer in done.answers), default=0.0),
+            training_seconds=max((answer.seconds or 0.0 for answer in done.answers), default=0.0),
             rejected=str(done.rejected or ""),
         )
-        for done in coordinator.rounds
+        for done in rounds
     ]
 
 
@@ -109,7 +109,7 @@ def site_facts(
                 validation=[
                     figures(manifest.task.kind, counts, manifest.metrics) if counts else None for counts in measured
                 ],
-                seconds=sum(answer.seconds for answer in answers.values()),
+                seconds=sum(answer.seconds or 0.0 for answer in answers.values()),
                 bytes_up=sum(answer.bytes_up for answer in answers.values()),
                 bytes_down=sum(answer.bytes_down for answer in answers.values()),
                 local_only=alone.get(site),

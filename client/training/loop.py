@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
 from common.errors import NotFiniteLoss
+from common.schedule import learning_rate
 from common.tasks.task import Example, Task
 
-__all__ = ["Outcome", "learning_rate", "new_optimizer", "set_learning_rates", "train"]
+__all__ = ["Outcome", "new_optimizer", "set_learning_rates", "train"]
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,6 @@ class Outcome:
     loss: float
     examples: int
     seconds: float
-
-
-def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` (from 0) of a whole run: linear warm-up, then the manifest's schedule to zero."""
-    if step < section.warmup_steps:
-        return section.learning_rate * (step + 1) / section.warmup_steps
-    progress = (step - section.warmup_steps) / max(1, total_steps - section.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[section.schedule]
-    return section.learning_rate * max(0.0, factor)
 
 
 def new_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.AdamW:

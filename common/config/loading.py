@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,9 @@ PINS_OF_A_BASE: tuple[Key, ...] = (
     ("task", "prompt_sha256"),
 )
 
+# The tables whose settings may be others while privacy is on: how is trained and measured, not what or on which base.
+DIFFER_WITH_PRIVACY = frozenset({"data", "adapter", "training", "aggregation", "evaluation"})
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _NAME = rf"""(?:{_BARE.pattern}|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
 _DOTTED = rf"{_NAME}(?:[ \t]*\.[ \t]*{_NAME})*"
@@ -54,6 +57,9 @@ _TOML_HINTS = {
 
 def load_manifest(path: Path, overrides: Sequence[str] = ()) -> Manifest:
     """Read and check the manifest at `path`.
+
+    Settings in `[privacy.settings]` hold instead of the file's own while privacy is on, that is while `privacy.epsilon`
+    is finite; `overrides` win over both.
 
     Args:
         path: the TOML file. A relative directory in its `model.base` counts from the file's own folder.
@@ -74,8 +80,7 @@ def load_manifest(path: Path, overrides: Sequence[str] = ()) -> Manifest:
         _resolve_base(data, Path.cwd())
     if _get(data, BASE, DEFAULT_BASE) != base_of_the_file:
         _drop_pins_of_the_old_base(data, places)
-    if _get(data, ("privacy", "epsilon")) == math.inf:  # no bound is no privacy
-        del data["privacy"]
+    problems += _settle_privacy(data, places)
     return _validated(Manifest, data, places, problems)
 
 
@@ -216,14 +221,52 @@ def _override(data: dict[str, Any], places: _Places, override: str) -> list[str]
     key = tuple(name.strip() for name in dotted.split("."))
     if not equals or not all(map(_BARE.fullmatch, key)):
         return [f"{place}: must be KEY=VALUE with a dotted key, such as training.rounds=3"]
+    if problem := _put(data, key, _value(text)):
+        return [f"{place}: {problem}"]
+    places.override(key, place)
+    return []
+
+
+def _put(data: dict[str, Any], key: Key, value: Any) -> str:
+    """Set a value in nested tables; what is wrong, where a key on the way holds no table."""
     table = data
     for depth, name in enumerate(key[:-1], start=1):
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            return [f"{place}: {_dotted(key[:depth])} must be a table to hold {key[depth]}, found {shown(table)}"]
-    table[key[-1]] = _value(text)
-    places.override(key, place)
-    return []
+            return f"{_dotted(key[:depth])} must be a table to hold {key[depth]}, found {shown(table)}"
+    table[key[-1]] = value
+    return ""
+
+
+def _settle_privacy(data: dict[str, Any], places: _Places) -> list[str]:
+    """Put `[privacy.settings]` in place, or away with the privacy table where it sets no bound; the problems."""
+    privacy = data.get("privacy")
+    if not isinstance(privacy, dict):
+        return []
+    settings = privacy.pop("settings", {})
+    problems = []
+    for key, value in _leaves(("privacy", "settings"), settings):
+        name, place = key[2:], places.of(key)
+        if len(name) < 2 or name[0] not in DIFFER_WITH_PRIVACY or _dotted(name) not in places.known:
+            known = {one: known for one, known in places.known.items() if one.split(".")[0] in DIFFER_WITH_PRIVACY}
+            hint = _nearest(name, known) if len(name) > 1 else "write, say, training.batch_size = 400"
+            problems.append(f"{place}: {_dotted(key)} is no setting that may differ with privacy; {hint}")
+        elif privacy.get("epsilon") != math.inf and not places.is_overridden(name):
+            if problem := _put(data, name, value):
+                problems.append(f"{place}: {problem}")
+            places.written[name] = place
+    if privacy.get("epsilon") == math.inf:  # no bound is no privacy
+        del data["privacy"]
+    return problems
+
+
+def _leaves(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
+    """Every value below a table by its full key; a value that is no table is its own."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves((*key, name), inner)
 
 
 def _value(text: str) -> Any:

@@ -260,7 +260,10 @@ class TrainingSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of every unit at its site, for the whole run; without this table there is none."""
+    """Differential privacy of every unit at its site, for the whole run; without this table there is none.
+
+    A table [privacy.settings] may hold other settings, such as training.batch_size = 400, that take the place of the
+    file's own while epsilon is finite: under noise large batches and few steps are better."""
 
     epsilon: float = Field(
         gt=0,
@@ -343,9 +346,32 @@ class AggregationSection(Section):
 
 
 class SecureSumSection(Section):
-    """The coordinator learns the sum over all sites and nothing about one of them."""
+    """The coordinator learns the sum over all sites and nothing about one of them (docs/secure-sum.md)."""
 
-    enabled: bool = Field(False, description="whether the sites mask what they send")
+    enabled: bool = Field(
+        True, description="whether sites mask what they send; without it the coordinator sees every site's change"
+    )
+    min_sites: int = Field(
+        3, ge=2, le=2048, description="fewest sites in any sum; two are refused unless unsafe_two_sites is true"
+    )
+    max_colluding: int = Field(
+        0, ge=0, le=1024, description="so many sites may work together with the coordinator and still learn nothing"
+    )
+    most_records: int = Field(
+        10_000,
+        ge=1,
+        le=2**31,
+        description="records that count at most for a site's weight in the mean, with aggregation.weighting 'records'",
+    )
+    unsafe_two_sites: bool = Field(
+        False, description="allow sums over two sites, which tell each of them the other's change"
+    )
+
+    @model_validator(mode="after")
+    def _two_are_no_crowd(self) -> Self:
+        if self.min_sites < 3 and not self.unsafe_two_sites:
+            raise ValueError(f"min_sites must be 3 or more unless unsafe_two_sites is true, found {self.min_sites}")
+        return self
 
 
 class EvaluationSection(Section):

@@ -10,7 +10,7 @@ tighter and stand beside it in reports. Opacus' GDP accountant is never used: it
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,17 +84,28 @@ def check_delta(delta: float, *, units: int) -> None:
 def rdp_epsilon(history: Iterable[Steps], delta: float) -> float:
     """Epsilon of all steps together at `delta`, by Rényi differential privacy; 0 for an empty history."""
     entries = merged(history)
-    if not entries:
-        return 0.0
-    spent = sum(
-        np.asarray(
-            compute_rdp(q=each.sampling_rate, noise_multiplier=each.noise_multiplier, steps=each.count, orders=ORDERS)
-        )
-        for each in entries
-    )
+    return _epsilon(ORDERS, _rdp(entries, ORDERS), delta)[0] if entries else 0.0
+
+
+def _rdp(entries: Sequence[Steps], orders: Sequence[float]) -> np.ndarray:
+    """What the entries cost together at each order of Rényi divergence."""
     with _without_advice():
-        epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=spent, delta=delta)
-    return max(0.0, float(epsilon))
+        return sum(
+            (
+                np.asarray(
+                    compute_rdp(q=e.sampling_rate, noise_multiplier=e.noise_multiplier, steps=e.count, orders=orders)
+                )
+                for e in entries
+            ),
+            np.zeros(len(orders)),
+        )
+
+
+def _epsilon(orders: Sequence[float], rdp: np.ndarray, delta: float) -> tuple[float, float]:
+    """The least epsilon that one of the orders shows, and that order. Fewer orders never show a smaller one."""
+    with _without_advice():
+        epsilon, order = get_privacy_spent(orders=orders, rdp=rdp, delta=delta)
+    return max(0.0, float(epsilon)), float(order)
 
 
 def prv_epsilon(history: Iterable[Steps], delta: float) -> float:
@@ -131,22 +142,46 @@ def calibrate(epsilon: float, delta: float, *, sampling_rate: float, steps: int,
     if not 0 < epsilon < math.inf:
         raise PrivacyError(f"privacy.epsilon must be positive and finite here, found {epsilon:g}")
 
-    def enough(noise: float) -> bool:
-        return rdp_epsilon([*spent, Steps(noise, sampling_rate, steps)], delta) <= epsilon
+    already = merged(spent)
 
-    # Bracket by doubling, then halve: the accountant is slow far from where the answer lies.
-    low, high = math.ceil(LEAST_NOISE / NOISE_STEP), round(1 / NOISE_STEP)
-    while not enough(high * NOISE_STEP):
-        low, high = high + 1, 2 * high
-        if high * NOISE_STEP > MOST_NOISE:
-            raise PrivacyError(
-                f"no noise keeps {steps} steps within epsilon {epsilon:g} at delta {delta:g}:"
-                f" {rdp_epsilon(spent, delta):.3g} is spent already"
-            )
-    while low < high:
-        middle = (low + high) // 2
-        if enough(middle * NOISE_STEP):
-            high = middle
-        else:
-            low = middle + 1
-    return round(high * NOISE_STEP, 6)
+    def at(noise: int, orders: Sequence[float]) -> tuple[float, float]:
+        return _epsilon(orders, _rdp([*already, Steps(noise * NOISE_STEP, sampling_rate, steps)], orders), delta)
+
+    # Fewer orders are quicker and never show a smaller epsilon, so what is enough for them is enough; whether less
+    # noise would be is asked of all orders in the end.
+    least, most = math.ceil(LEAST_NOISE / NOISE_STEP), round(MOST_NOISE / NOISE_STEP)
+    high, order = next(
+        (found for found in (_enough(at, epsilon, most, o) for o in (ORDERS[::8], ORDERS)) if found), (0, 0)
+    )
+    if not high:
+        raise PrivacyError(
+            f"no noise keeps {steps} steps within epsilon {epsilon:g} at delta {delta:g}:"
+            f" {rdp_epsilon(already, delta):.3g} is spent already"
+        )
+    while True:
+        place, low = ORDERS.index(order), least
+        while low < high:
+            middle = (low + high) // 2
+            if at(middle, ORDERS[max(0, place - 8) : place + 9])[0] <= epsilon:
+                high = middle
+            else:
+                low = middle + 1
+        if high <= least:
+            return LEAST_NOISE
+        shown, order = at(high - 1, ORDERS)
+        if shown > epsilon:
+            return round(high * NOISE_STEP, 6)
+        high -= 1
+
+
+def _enough(
+    at: Callable[[int, Sequence[float]], tuple[float, float]], epsilon: float, most: int, orders: Sequence[float]
+) -> tuple[int, float] | None:
+    """Some noise that these orders find enough, by doubling, and the order that shows it; None where there is none."""
+    noise = round(1 / NOISE_STEP)
+    while noise <= most:
+        shown, order = at(noise, orders)
+        if shown <= epsilon:
+            return noise, order
+        noise *= 2
+    return None

@@ -15,7 +15,7 @@ __all__ = ["print_bench"]
 BENCHMARKS = ("dp-step", "simulation")
 
 
-def print_bench(name: str, *, as_json: bool, sites: int, rounds: int) -> None:
+def print_bench(name: str, *, as_json: bool, sites: int, rounds: int, repetitions: int) -> None:
     """Run the benchmark `name` and print {"bench", "machine", "figures"}, on one line with `as_json`.
 
     Raises:
@@ -23,7 +23,10 @@ def print_bench(name: str, *, as_json: bool, sites: int, rounds: int) -> None:
     """
     if name not in BENCHMARKS:
         raise RunError(f"no benchmark {name!r}; there is {', '.join(BENCHMARKS)}")
-    figures = measure_dp_step() if name == "dp-step" else measure_simulation(sites=sites, rounds=rounds)
+    if name == "dp-step":
+        figures = measure_dp_step(repetitions=repetitions)
+    else:
+        figures = measure_simulation(sites=sites, rounds=rounds)
     machine = {
         "cores": os.cpu_count(),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),

@@ -36,13 +36,12 @@ __all__ = ["measure_dp_step"]
 
 BATCH, LENGTH, RANK, VOCABULARY = 16, 128, 8, 8192
 CLIP, NOISE = 1.0, 1.0
-REPETITIONS = 7
 ENGINES = ("ours", "hooks", "functorch", "ghost")
 
 Step = Callable[[], None]
 
 
-def measure_dp_step(*, repetitions: int = REPETITIONS) -> dict[str, float]:
+def measure_dp_step(*, repetitions: int) -> dict[str, float]:
     """The figures of `coadapt bench dp-step`."""
     figures: dict[str, float] = {}
     for name, make in (("bert", _bert), ("llama", _llama)):

@@ -2,134 +2,29 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from peft import PeftModel
+from vaults import RANK, SITES, Federation, Manifests, agreed, folder
 
 from client.ledger import Ledger
-from client.protection import Population
-from client.records import write_records
-from client.resident import resident
 from client.state import SiteState
-from client.vault import Vault
-from common.adapters import first_state, load_adapter, save_adapter, set_state
-from common.codec.state import AdapterState, state_digest
-from common.config.manifest import Columns, Manifest
+from common.adapters import load_adapter
+from common.codec.state import state_digest
 from common.contribution import contribution_shapes, projection_shapes
 from common.errors import RoundError
 from common.evaluation import measure
 from common.factors import depth, newest
 from common.messages import Envelope, Project, RoundStart, decode, encode
-from common.metrics import Counts
 from common.models import find_base, load_task_model
-from common.progress import Event, RoundRejected, SiteFailed
-from common.randomness import seeded
-from common.records import TextRecord
-from server.channel import Reply
-from server.coordinator import Coordinator
-from server.run_store import RunStore
+from common.progress import RoundRejected, SiteFailed
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-
-Manifests = Callable[..., Manifest]
-SITES = ("north", "south", "west")
-WORDS = {
-    "a": ("indemnify", "liability", "damages"),
-    "b": ("terminate", "notice", "days"),
-    "c": ("law", "court", "state"),
-}
-RANK = 2
-
-
-def records(site: str, count: int) -> list[TextRecord]:
-    """Clauses whose label shows in their words; no site has all three labels."""
-    rng = seeded(0, "clauses", site)
-    labels = {"north": "ab", "south": "bc", "west": "ca"}.get(site, "abc")
-    texts = [" ".join(map(str, rng.choice(WORDS[labels[n % len(labels)]], 4))) for n in range(count)]
-    return [TextRecord(text=text, label=labels[n % len(labels)], unit=f"{site} {n}") for n, text in enumerate(texts)]
-
-
-class Federation:
-    """Vaults of three sites behind a channel that carries bytes; `fails` says which requests get no answer."""
-
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, fails: Callable[[str, Envelope], bool] | None = None
-    ) -> None:
-        self.manifest, self.folder, self.fails = manifest, folder, fails or (lambda site, request: False)
-        self.events: list[Event] = []
-        self.sent: list[tuple[str, Envelope, Envelope]] = []
-        self.states = dict.fromkeys(SITES, SiteState())
-        self.vaults = {site: self._vault(site) for site in SITES}
-        self.model = resident(manifest)
-        self.first = first_state(self.model.model, 0)
-        self.public = self.model.task.encode(records("public", 30)).examples
-        self.coordinator = Coordinator(
-            manifest,
-            run_id="run",
-            sites=SITES,
-            first=self.first,
-            channel=self,
-            store=RunStore(folder / "run", self._write),
-            report=self.events.append,
-            public=self.measured if manifest.evaluation.public else None,
-        )
-
-    def _vault(self, site: str) -> Vault:
-        write_records(self.folder / f"{site}.jsonl", records(site, 24), Columns())
-        private = self.manifest.privacy is not None
-        return Vault(
-            site,
-            self.manifest,
-            train=self.folder / f"{site}.jsonl",
-            held_out=None,
-            log=self.folder / f"{site}.log",
-            population=Population(site, 24, 1000.0, 1e-3) if private else None,
-            ledger=Ledger(self.folder / f"{site}.ledger") if private else None,
-        )
-
-    def _write(self, where: Path, state: AdapterState) -> None:
-        save_adapter(where, self.model.model, state, self.model.base, self.manifest)
-
-    def measured(self, adapter: AdapterState) -> Counts:
-        set_state(self.model.model, adapter)
-        return measure(self.model.model, self.model.task, self.public, batch_size=30, precision="fp32")
-
-    def loss(self, adapter: AdapterState) -> float:
-        counts = self.measured(adapter)
-        return counts["loss_sum"] / counts["records"]
-
-    def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
-        for site, data in requests.items():
-            if self.fails(site, decode(data)):
-                yield Reply(site, None, "timeout", 0, len(data))
-                continue
-            answer, self.states[site] = self.vaults[site].answer(data, self.states[site])
-            self.sent.append((site, decode(data), decode(answer)))
-            yield Reply(site, decode(answer), "", len(answer), len(data))
-
-    def bytes_up(self) -> list[int]:
-        return [sum(answer.bytes_up for answer in done.answers) for done in self.coordinator.rounds[1:]]
-
-    def logs(self) -> str:
-        return "".join(path.read_text() for path in self.folder.glob("*.log"))
-
-
-def agreed(manifest_for: Manifests, method: str, rounds: int = 6, **tables: Any) -> Manifest:
-    training = {"rounds": rounds, "local_steps": 4, "batch_size": 8, "learning_rate": 0.02, "adam_epsilon": 1e-3}
-    values = {"adapter": {"rank": RANK}, "aggregation": {"method": method}, "training": training, **tables}
-    return manifest_for(data={"max_length": 16}, **values)
-
-
-def folder(above: Path, name: str) -> Path:
-    (above / name).mkdir()
-    return above / name
 
 
 @pytest.mark.parametrize("method", ["alternate", "ffa", "sketch", "dense"])
@@ -255,7 +150,7 @@ def test_an_aggregation_of_ones_own_takes_part_by_import_path(tmp_path: Path, ma
     )
     sys.path.append(str(tmp_path))
     try:
-        it = Federation(tmp_path, agreed(manifest_for, "own_median_of_a_run:median", rounds=1))
+        it = Federation(tmp_path, agreed(manifest_for, "own_median_of_a_run:median", rounds=1, secure_sum={"enabled": False}))
         final = it.coordinator.run()
     finally:
         sys.path.remove(str(tmp_path))

@@ -327,7 +327,7 @@ def sentences(count: int) -> list[dict[str, Any]]:
 
 TOKENS = {
     "task": {"kind": "token-classification", "labels": ["Harm"]},
-    "simulation": {"sites": ["one", "two"], "partitioner": "iid"},
+    "simulation": {"sites": ["one", "two", "three"], "partitioner": "iid"},
 }
 
 
@@ -599,6 +599,7 @@ def test_answers_are_learnt(new_world: Callable[[], World], causal: Path) -> Non
         task={"kind": "causal-lm", "labels": []},
         data={"max_length": 64},
         simulation={"sites": ["one", "two"], "partitioner": "iid"},
+        secure_sum={"enabled": False},
     )
     ended = wait_for(world.start("simulate", "federation.toml", "--run-id", "causal"), world.folder / "runs" / "causal")
     assert (ended.rc, ended.err) == (0, "")
@@ -647,14 +648,14 @@ def troubled(new_world: Callable[[], World], encoder: Path) -> Callable[[str], W
 
     def make(trouble: str) -> World:
         world = new_world()
-        labels = {"north": "ab", "south": "ab", "west": "c"}
+        labels = {"north": "ab", "south": "ab", "east": "ab", "west": "c"}
         write_rows(world.folder / "train.jsonl", clauses("train", 12, labels))
         write_rows(world.folder / "dev.jsonl", clauses("dev", 4, labels))
         write_rows(world.folder / "test.jsonl", clauses("test", 6, {"north": "ab"}))
         write_manifest(
             world.folder,
             encoder,
-            simulation={"dev": "dev.jsonl", "test": "test.jsonl"},
+            simulation={"dev": "dev.jsonl", "test": "test.jsonl", "sites": list(labels)},
             evaluation={"metrics": ["accuracy", "own_metric_of_test:score"]},
         )
         (world.folder / "own_metric_of_test.py").write_text(OWN_METRIC + trouble + "\n")
@@ -672,7 +673,7 @@ def test_a_site_that_fails_sits_out_and_tells_nobody_why(troubled: Callable[[str
     assert [(failure.round, failure.site) for failure in summary.failures] == [(2, "west"), (3, "west")]
     codes = {failure.code for failure in summary.failures}
     assert codes == {"extension"}
-    assert [facts.answered for facts in summary.rounds] == [0, 3, 2, 2]
+    assert [facts.answered for facts in summary.rounds] == [0, 4, 3, 3]
     west = summary.sites[-1]
     assert [loss is None for loss in west.train_loss] == [False, True, True]
     assert "west sat out: extension" in ended.out
@@ -726,14 +727,14 @@ def test_a_wish_to_stop_is_heard_in_the_middle_of_a_long_call(troubled: Callable
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 GOOD_ROWS = [{"text": f"text {number}", "label": "abc"[number % 3], "group": "g"} for number in range(30)]
-ONE_SITE = {"sites": 2, "partitioner": "iid"}
+THREE_SITES = {"sites": 3, "partitioner": "iid"}
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "train.jsonl", GOOD_ROWS)
-    write_manifest(tmp_path, encoder, simulation=ONE_SITE)
+    write_manifest(tmp_path, encoder, simulation=THREE_SITES)
     return tmp_path
 
 
@@ -814,11 +815,11 @@ def test_a_bad_manifest_ends_in_one_line(
     status: int,
     said: str,
 ) -> None:
-    write_manifest(place, encoder, **{"simulation": ONE_SITE, **tables})
+    write_manifest(place, encoder, **{"simulation": THREE_SITES, **tables})
     if tables.get("task"):
         write_rows(place / "train.jsonl", [{"instruction": "why?", "output": f"so {number}"} for number in range(30)])
     if tables.get("simulation"):
-        write_manifest(place, encoder, simulation={**ONE_SITE, **tables["simulation"]})
+        write_manifest(place, encoder, simulation={**THREE_SITES, **tables["simulation"]})
     found, line = refused(monkeypatch, capsys, "simulate", "federation.toml")
     assert said in line
     assert found == status

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from client.resident import Resident, resident
-from client.training.loop import Outcome, learning_rate, new_optimizer, set_learning_rates, train
+from client.training.loop import Outcome, new_optimizer, set_learning_rates, train
 from common.adapters import first_state, get_state, set_state, trained_parameters
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest, TrainingSection
@@ -19,6 +19,7 @@ from common.evaluation import measure
 from common.metrics import figures
 from common.randomness import seeded
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
+from common.schedule import learning_rate
 from common.tasks.task import Example
 
 # PEFT 0.21 asks Transformers 5.23 in a way that Transformers will drop in its version 6.

@@ -20,6 +20,7 @@ from common.progress import (
     RunStopped,
     SiteFailed,
     SiteFinished,
+    SumOpened,
     read_events,
 )
 
@@ -36,6 +37,7 @@ EVENTS: list[Event] = [
     RoundStarted(round=1, sites=("a",)),
     SiteFinished(round=1, site="a", train_loss=0.1, examples=32, seconds=1.5, bytes_up=10, bytes_down=20),
     SiteFailed(round=1, site="b", code="not_finite_loss"),
+    SumOpened(round=1, survivors=("a", "c"), dropped=("b",), threshold=2, transcript="ab" * 32),
     RoundFinished(round=1, train_loss=0.1, answered=1, failed=1, bytes_up=10, bytes_down=40, seconds=2.0),
     RoundRejected(round=1, setting="max_norm", value=3.5, bound=1.0),
     RoundValidated(round=0, figures={"accuracy": 0.5, "loss": 1 / 3}),

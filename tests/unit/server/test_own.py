@@ -44,7 +44,8 @@ def own(tmp_path: Path, manifest_for: Callable[..., Manifest]) -> Iterator[Calla
     sys.path.append(str(tmp_path))
 
     def make(name: str) -> Any:
-        manifest = manifest_for(aggregation={"method": f"own_aggregation_of_a_test:{name}"})
+        method = {"method": f"own_aggregation_of_a_test:{name}"}
+        manifest = manifest_for(aggregation=method, secure_sum={"enabled": False})
         return method_for(manifest, SHAPES)
 
     yield make

@@ -173,7 +173,7 @@ def test_round_facts_sum_the_sites(tmp_path: Path, manifest_for: MakeManifest, s
         report=lambda event: None,
     )
     coordinator.rounds = stored
-    first, second, third = summarise.round_facts(coordinator)
+    first, second, third = summarise.round_facts(coordinator, stored)
     assert (first.round, first.train_loss, first.answered, first.training_seconds) == (0, None, 0, 0.0)
     assert first.validation == {"accuracy": 0.5}
     assert (second.train_loss, second.validation) == (2.0, {"accuracy": 0.5})

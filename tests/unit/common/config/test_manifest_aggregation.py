@@ -30,7 +30,8 @@ def test_auto_alternates_with_privacy_where_there_are_pairs(manifest_for: Manife
 def test_what_is_named_is_meant(manifest_for: Manifests) -> None:
     for method in ("separate", "alternate", "ffa", "sketch", "dense", "mine.of:it"):
         for privacy in (None, PRIVACY):
-            assert manifest_for(aggregation={"method": method}, privacy=privacy).aggregation_method == method
+            tables = {"aggregation": {"method": method}, "privacy": privacy, "secure_sum": {"enabled": False}}
+            assert manifest_for(**tables).aggregation_method == method
 
 
 @pytest.mark.parametrize("method", ["alternate", "ffa", "sketch", "dense"])
@@ -99,7 +100,7 @@ def test_impossible_pairs_are_refused_with_reason_and_alternatives(tmp_path: Pat
     "text",
     [
         "[aggregation]\nmethod = 'ffa'\nrefresh_every = 3",
-        "[aggregation]\nmethod = 'my.own:median'",
+        "[aggregation]\nmethod = 'my.own:median'\n[secure_sum]\nenabled = false",
         "[secure_sum]\nenabled = true",
         "[aggregation]\naccept_drop = 0.1\n[evaluation]\npublic = 'public.jsonl'",
         "[aggregation]\nmethod = 'dense'\nserver_optimizer = 'adam'",
@@ -111,6 +112,8 @@ def test_possible_pairs_are_not(tmp_path: Path, text: str) -> None:
 
 
 def test_the_method_is_agreed(manifest_for: Manifests) -> None:
-    digests: set[Any] = {manifest_for(aggregation={"method": m}).digest() for m in ("auto", "separate", "ffa", "a:b")}
-    assert len(digests) == 4
-    assert json.loads(manifest_for().model_dump_json())["secure_sum"] == {"enabled": False}
+    plain = {"secure_sum": {"enabled": False}}
+    methods = ("auto", "separate", "ffa", "a:b")
+    digests: set[Any] = {manifest_for(aggregation={"method": m}, **plain).digest() for m in methods}
+    assert len(digests | {manifest_for().digest()}) == 5
+    assert json.loads(manifest_for().model_dump_json())["secure_sum"]["enabled"] is True

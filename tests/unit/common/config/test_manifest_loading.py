@@ -408,3 +408,52 @@ def test_all_ways_to_write_a_key_have_a_line(tmp_path: Path, text: str) -> None:
     assert problems(tmp_path, text) == [
         "federation.toml:5: training.rounds must be an integer from 1 to 10000, found 0"
     ]
+
+
+PRIVATE = (
+    MINIMAL
+    + """
+[training]
+batch_size = 8
+rounds = 9
+
+[privacy]
+epsilon = 8.0
+
+[privacy.settings]
+training.batch_size = 400
+adapter.method = "bitfit"
+data.columns.text = "clause"
+"""
+)
+
+
+def test_settings_for_privacy_hold_while_it_is_on(tmp_path: Path) -> None:
+    private = load_manifest(write(tmp_path, PRIVATE))
+    assert private.privacy is not None
+    assert (private.training.batch_size, private.training.rounds) == (400, 9)
+    assert (private.adapter.method, private.data.columns.text) == ("bitfit", "clause")
+    plain = load_manifest(write(tmp_path, PRIVATE), ["privacy.epsilon=inf"])
+    assert plain == load_manifest(write(tmp_path, PRIVATE[: PRIVATE.index("[privacy]")]))
+    assert load_manifest(write(tmp_path, PRIVATE.replace("8.0", "inf"))) == plain
+    # A person's own word comes last, and a file without them agrees with one that spells the values out.
+    assert load_manifest(write(tmp_path, PRIVATE), ["training.batch_size=50"]).training.batch_size == 50
+    assert load_manifest(write(tmp_path, PRIVATE.replace("8.0", "inf")), ["privacy.epsilon=8.0"]) == private
+
+
+def test_what_may_not_differ_with_privacy_is_refused_with_its_line(tmp_path: Path) -> None:
+    extra = 'training.batchsize = 1\ntask.kind = "causal-lm"\nprivacy.clip = 2.0\ntraining.rounds = 0\n'
+    text = PRIVATE + extra
+    line = PRIVATE.count("\n")
+    found = problems(tmp_path, text)
+    assert len(found) == 4
+    assert found[0].startswith(f"federation.toml:{line + 1}: privacy.settings.training.batchsize is no setting")
+    assert found[0].endswith("did you mean training.batch_size?")
+    assert found[1].startswith(f"federation.toml:{line + 2}: privacy.settings.task.kind is no setting")
+    assert found[2].startswith(f"federation.toml:{line + 3}: privacy.settings.privacy.clip is no setting")
+    assert found[3].startswith(f"federation.toml:{line + 4}: training.rounds must be an integer")
+    # Without privacy a misspelt one is found all the same.
+    assert "batchsize" in problems(tmp_path, text, "privacy.epsilon=inf")[0]
+    for wrong in ("3", '"training"', "[1]"):
+        (only,) = problems(tmp_path, MINIMAL + f"[privacy]\nepsilon = 8.0\nsettings = {wrong}\n")
+        assert "privacy.settings is no setting that may differ with privacy; write, say," in only

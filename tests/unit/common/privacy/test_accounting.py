@@ -9,7 +9,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from common.errors import PrivacyError
-from common.privacy.accounting import Steps, calibrate, check_delta, merged, prv_epsilon, rdp_epsilon
+from common.privacy.accounting import LEAST_NOISE, Steps, calibrate, check_delta, merged, prv_epsilon, rdp_epsilon
 
 noises = st.sampled_from([0.7, 1.0, 1.5, 4.0])
 rates = st.sampled_from([0.01, 0.1, 0.5])
@@ -63,11 +63,14 @@ def test_nothing_costs_nothing() -> None:
     assert rdp_epsilon([], 1e-5) == prv_epsilon([], 1e-5) == rdp_epsilon([Steps(1.0, 0.1, 0)], 1e-5) == 0.0
 
 
-@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(8.0, 0.05, 1000), (1.0, 0.3, 40), (0.1, 0.01, 500)])
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps"),
+    [(8.0, 0.05, 1000), (1.0, 0.3, 40), (0.1, 0.01, 500), (8.0, 0.43, 5), (200.0, 0.01, 1), (0.02, 0.2, 3)],
+)
 def test_calibration_is_the_least_noise_that_is_enough(epsilon: float, rate: float, steps: int) -> None:
     noise = calibrate(epsilon, 1e-5, sampling_rate=rate, steps=steps)
     assert rdp_epsilon([Steps(noise, rate, steps)], 1e-5) <= epsilon
-    assert rdp_epsilon([Steps(noise - 0.001, rate, steps)], 1e-5) > epsilon
+    assert noise == LEAST_NOISE or rdp_epsilon([Steps(noise - 0.001, rate, steps)], 1e-5) > epsilon
 
 
 def test_calibration_counts_what_was_spent() -> None:
@@ -75,6 +78,11 @@ def test_calibration_counts_what_was_spent() -> None:
     noise = calibrate(8.0, 1e-5, sampling_rate=0.05, steps=700, spent=spent)
     assert noise == pytest.approx(1.278, abs=0.005)
     assert 7.95 < rdp_epsilon([*spent, Steps(noise, 0.05, 700)], 1e-5) <= 8.0
+    # A budget that is all but spent: what is left is found to the last thousandth, and no order is forgotten.
+    left = rdp_epsilon(spent, 1e-5) + 1e-4
+    noise = calibrate(left, 1e-5, sampling_rate=0.05, steps=10, spent=spent)
+    assert rdp_epsilon([*spent, Steps(noise, 0.05, 10)], 1e-5) <= left
+    assert rdp_epsilon([*spent, Steps(noise - 0.001, 0.05, 10)], 1e-5) > left
     with pytest.raises(PrivacyError, match="no noise keeps 10 steps within epsilon 1 at delta 1e-05: 4"):
         calibrate(1.0, 1e-5, sampling_rate=0.05, steps=10, spent=spent)
 
