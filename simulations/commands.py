@@ -183,16 +183,23 @@ def check(manifest: ManifestPath, data: DataFolder = None, overrides: Overrides 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation or dp-step.")],
+    name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation, dp-step or secure-sum.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    sites: Annotated[int, typer.Option(min=1, help="simulation: number of sites.")] = 20,
-    rounds: Annotated[int, typer.Option(min=1, help="simulation: number of rounds.")] = 3,
-    repetitions: Annotated[int, typer.Option(min=1, help="dp-step: steps of each engine.")] = 7,
+    sites: Annotated[
+        list[int] | None, typer.Option(min=2, help="Number of sites; secure-sum takes it more than once.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds of the simulation.")] = 3,
+    values: Annotated[
+        list[int] | None, typer.Option(min=1, help="Length of the vector in secure-sum; may be given more than once.")
+    ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option(min=1, help="Turns of dp-step and secure-sum, of which medians are taken.")
+    ] = None,
 ) -> None:
     """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
     from simulations.benchmarks.bench import print_bench
 
-    print_bench(name, as_json=as_json, sites=sites, rounds=rounds, repetitions=repetitions)
+    print_bench(name, as_json=as_json, sites=sites or (), rounds=rounds, values=values or (), repetitions=repetitions)
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ With range R and b bits the levels are 0 ... 2^b - 1 and the step is q = 2 R / (
 
 * Error: a value within the range is off by less than q, whatever u is. A value outside is taken to the nearer end; it
   never wraps around.
-* Unbiased: P(floor(y + u) = floor(y) + 1) is the fraction of y, so the mean level is y. u has 32 random bits and sits in
-  the middle of its cell, which leaves a bias of at most q 2^-33. (Suresh et al. 2017, "Distributed mean estimation with
-  limited communication", section 2.2.) The standard deviation is at most q / 2.
+* Unbiased: P(floor(y + u) = floor(y) + 1) is the fraction of y, so the mean level is y. u has 32 random bits and sits
+  in the middle of its cell, which leaves a bias of at most q 2^-33. (Suresh et al. 2017, "Distributed mean estimation
+  with limited communication", section 2.2.) The standard deviation is at most q / 2.
 * No overflow: y is at most 2^b - 1 and u at most 1 - 2^-33, so y + u is at most 2^b - 2^-33. With b at most 20 that
   number has 53 bits, so float64 holds it and rounds no smaller sum above it. So the level is at most 2^b - 1, and n
   levels add to at most n (2^b - 1).
@@ -39,7 +39,7 @@ ByteSource = Callable[[int], bytes]
 
 
 def rounding_bytes() -> ByteSource:
-    """An AES-256-CTR keystream under a key from the operating system: as good as its bytes, and twenty times as fast."""
+    """An AES-256-CTR keystream under a key from the operating system: as good as its bytes, and much faster."""
     return Keystream(system_bytes(KEY_BYTES)).bytes
 
 

@@ -5,13 +5,13 @@ units of 2^-20, limited to +-(2^32 - 2^-20). 2^11 sites add to at most 2^11 (2^5
 leaves the signed range.
 
 Checksum. For words w_j and public numbers rho_j the checksum is c = sum_j rho_j w_j mod 2^64. It is linear: the
-checksums of the sites add to the checksum of the sum, so it is masked and summed like every other word and tells nothing
-that the sum does not. The rho are keystreams keyed by the round's context, so nobody can know them before everything
-else is fixed. In the first word they are odd: one wrong word never passes. In the second they are any numbers: an error
-e whose words all are multiples of 2^v, and not all of 2^(v+1), passes it with chance 2^-(64-v); without it, errors of
-2^63 in an even number of words would always pass. A sum that came out as noise passes both with chance 2^-128.
-It finds a mask that did not cancel, a vector cut short, a site in another context, a bug. It does not stop a site that
-lies about its values: that site computes a fitting checksum.
+checksums of the sites add to the checksum of the sum, so it is masked and summed like every other word and tells
+nothing that the sum does not. The rho are keystreams keyed by the round's context, so nobody can know them before
+everything else is fixed. In the first word they are odd: one wrong word never passes. In the second they are any
+numbers: an error e whose words all are multiples of 2^v, and not all of 2^(v+1), passes it with chance 2^-(64-v);
+without it, errors of 2^63 in an even number of words would always pass. A sum that came out as noise passes both with
+chance 2^-128. It finds a mask that did not cancel, a vector cut short, a site in another context, a bug. It does not
+stop a site that lies about its values: that site computes a fitting checksum.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from common.codec.fixed_point import ByteSource, decode_sum, quantise, rounding_bytes, step_of
 from common.codec.layout import Layout
-from common.codec.packing import Lanes, Words, bits_for
+from common.codec.packing import Lanes, Words, aligned_words, bits_for
 from common.codec.state import AdapterState
 from common.errors import ChecksumMismatch, NotFiniteValue, VectorRefused
 from common.secure_sum.primitives import Keystream, Label, digest
@@ -131,7 +131,10 @@ def encode_body(
 
 def with_checksum(body: Words, context: bytes) -> Words:
     """The body and its two checksum words under a round's context."""
-    return np.concatenate([body, _checksums(body, context)])
+    words = aligned_words(len(body) + CHECKSUM_WORDS)
+    words[: len(body)] = body
+    words[len(body) :] = _checksums(body, context)
+    return words
 
 
 def encode(

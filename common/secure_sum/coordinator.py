@@ -1,8 +1,8 @@
 """The coordinator's side of one attempt: messages in, the next message for each site out, at the end the sum.
 
-It has no network and no clock. The caller hands in what a site's channel brought (`receive`), asks whether a phase may
-end (`ready`: everybody answered; `enough`: it could), ends it (`advance`), and opens the sum (`open_sum`). A bad message
-leaves its site out, with the reason in the record; a vector that comes late is thrown away unread.
+It has no network and no clock. The caller hands in what a site's channel brought (`receive`), asks whether a phase
+may end (`ready`: everybody answered; `enough`: it could), ends it (`advance`), and opens the sum (`open_sum`). A bad
+message leaves its site out, with the reason in the record; a vector that comes late is thrown away unread.
 
 Vectors are added up as they come, so memory is one vector, and no single one is kept.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.codec.packing import Words
+from common.codec.packing import Words, aligned_words
 from common.errors import (
     KeyRefused,
     MalformedMessage,
@@ -35,6 +35,7 @@ from common.secure_sum.config import RoundConfig, round_context
 from common.secure_sum.masks import Mask, apply_masks
 from common.secure_sum.messages import (
     COORDINATOR,
+    MOST_BYTES,
     Advertise,
     Body,
     Complaint,
@@ -55,7 +56,7 @@ from common.secure_sum.messages import (
     read,
 )
 from common.secure_sum.opening import open_secret
-from common.secure_sum.primitives import public_key
+from common.secure_sum.primitives import new_private_key, public_key, shared_secret
 
 __all__ = ["CoordinatorRound", "Opened", "Stage", "SumRecord"]
 
@@ -257,7 +258,8 @@ class CoordinatorRound:
                 for site in around:
                     key = derivations.pair_mask_key(private, keys[site].masking_key, self._keys_hash, site, lost)
                     masks.append((key, -1 if site < lost else 1))
-        words = self._sum.copy()
+        words = aligned_words(len(self._sum))
+        words[:] = self._sum
         apply_masks(words, masks)
         return Opened(words, len(survivors), self.context, self.record())
 
@@ -283,7 +285,7 @@ class CoordinatorRound:
 
         if site not in self._invited:
             raise OutOfTurn(f"site {site} is not invited")
-        message = read(data, key_of)
+        message = read(data, key_of, most_bytes=max(MOST_BYTES, 8 * self._config.words + 1024))
         if message.turn != self.turn:
             raise WrongContext(f"site {site} answered another round or attempt")
         return message
@@ -329,6 +331,8 @@ class CoordinatorRound:
         }
         if body.sealing_key == body.masking_key or {body.sealing_key, body.masking_key} & every:
             raise KeyRefused(f"a one-time key of site {site} is there already")
+        for key in (body.sealing_key, body.masking_key):  # one of low order would make every other site refuse
+            shared_secret(new_private_key(), key)
 
     def _accept_shares(self, site: int, body: Shares) -> None:
         if body.keys_hash != self._keys_hash:

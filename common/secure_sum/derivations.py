@@ -1,8 +1,9 @@
 """Every hash and key that sites and coordinator must derive alike.
 
-The hashes form a chain: context -> keys (all signed one-time keys) -> peers (who sent shares) -> survivors (whose vectors
-are summed, with the vectors' hashes). Who confirms the last has confirmed all before it. Keys of shares and masks are
-derived under the second: sites that were shown different adapters, configurations or lists of keys share no key.
+The hashes form a chain: context -> keys (all signed one-time keys) -> peers (who sent shares) -> survivors (whose
+vectors are summed, with the vectors' hashes). Who confirms the last has confirmed all before it. Keys of shares and
+masks are derived under the second: sites that were shown different adapters, configurations or lists of keys share no
+key.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,15 +7,15 @@ itself. Each site is joined to the w = k / 2 sites before and the w behind it.
 What must hold, each but with chance 2^-80 over the ring: half of it is left to a coordinator that has 2^40 tries of its
 colluding sites' keys.
 
-* Shares: fewer than t' of the k neighbours of any site collude. Their number is hypergeometric; the chance for one site,
-  times the number of sites, is the bound. t' is more than half of the neighbourhood besides.
-* Connected: the sum falls into smaller sums only if somewhere w sites in a row are gone or colluding. Bell et al. take
-  the gone ones as chance; here the coordinator may choose them with the ring before its eyes. So at most `a` of any w in a
-  row collude (hypergeometric again), and every site checks on the list of survivors that fewer than w - a of any w
-  in a row are gone. With that, no w in a row are.
+* Shares: fewer than t' of the k neighbours of any site collude. Their number is hypergeometric; the chance for one
+  site, times the number of sites, is the bound. t' is more than half of the neighbourhood besides.
+* Connected: the sum falls into smaller sums only if somewhere w sites in a row are gone or colluding. Bell et al.
+  take the gone ones as chance; here the coordinator may choose them with the ring before its eyes. So at most `a` of
+  any w in a row collude (hypergeometric again), and every site checks on the list of survivors that fewer than w - a
+  of any w in a row are gone. With that, no w in a row are.
 
-k is the least number for which both hold and a round with a tenth of its sites gone fails with chance below 2^-20. Where
-there is none below n - 1, the graph is complete.
+k is the least number, in steps of an eighth, for which both hold and a round with a tenth of its sites gone fails with
+chance below 2^-20. Where there is none below n - 1, the graph is complete.
 """
 
 import functools
@@ -32,6 +32,7 @@ __all__ = ["COMPLETE", "MOST_COMPLETE", "Degree", "Ring", "choose_degree", "draw
 
 MOST_COMPLETE = 128
 COMPLETE = 0
+LEAST_HALF = 8
 
 SECURE = Fraction(1, 2**80)
 CORRECT = Fraction(1, 2**20)
@@ -85,10 +86,12 @@ def choose_degree(sites: int, colluding: int, fewest: int) -> Degree:
     complete = Degree(COMPLETE, threshold(sites, colluding), 0)
     if sites <= MOST_COMPLETE:
         return complete
-    for half in range(8, fewest // 2):
+    half = LEAST_HALF
+    while half < fewest // 2:
         degree = _degree(sites, colluding, fewest, half)
         if degree is not None:
             return degree
+        half += max(1, half // 8)  # exact tails of two thousand sites take a while
     return complete
 
 

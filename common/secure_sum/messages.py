@@ -2,10 +2,10 @@
 
     version 1 | type 1 | federation 16 | epoch 4 | round 8 | attempt 2 | sender 2 | body | signature 64
 
-Integers are little-endian. The Ed25519 signature is over b"secsum/1", a zero byte and everything before it, so it covers
-sender, round, attempt and type. A body has its fields in fixed order; lists carry their length and are in ascending
-order of site, each site once. There is one encoding of a message, and nothing may follow it. Site numbers are those
-of the roster; the coordinator is 65535.
+Integers are little-endian. The Ed25519 signature is over b"secsum/1", a zero byte and everything before it, so it
+covers sender, round, attempt and type. A body has its fields in fixed order; lists carry their length and are in
+ascending order of site, each site once. There is one encoding of a message, and nothing may follow it. Site numbers
+are those of the roster; the coordinator is 65535.
 """
 
 import enum
@@ -18,12 +18,14 @@ from pydantic import ConfigDict
 
 from common.errors import MalformedMessage
 from common.identity import SIGNATURE_BYTES, Identity, verify
-from common.roster import FEDERATION_BYTES, MOST_INSTITUTIONS
+from common.roster import FEDERATION_BYTES
 from common.secure_sum.primitives import HASH_BYTES, KEY_BYTES, TAG_BYTES
 from common.secure_sum.shamir import SHARE_BYTES
+from common.secure_sum.wire import Reader, pack_all, pack_by_site, pack_sites
 
 __all__ = [
     "COORDINATOR",
+    "MOST_BYTES",
     "SEALED_BYTES",
     "Advertise",
     "Body",
@@ -50,6 +52,8 @@ VERSION = 1
 COORDINATOR = 0xFFFF
 MOST_WORDS = 1 << 31
 MOST_CONFIG_BYTES = 4096
+# More than the keys of 2,048 sites take; only a vector may be longer.
+MOST_BYTES = 1 << 20
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 _LABEL = b"secsum/1"
@@ -68,67 +72,6 @@ class Turn:
     epoch: int
     round: int
     attempt: int
-
-
-class _Reader:
-    """Takes fields off bytes and refuses to go past their end."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._place = 0
-
-    def take(self, count: int) -> bytes:
-        return bytes(self.view(count))
-
-    def view(self, count: int) -> memoryview:
-        if not 0 <= count <= len(self._data) - self._place:
-            raise MalformedMessage("a message is cut")
-        self._place += count
-        return self._data[self._place - count : self._place]
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def by_site(self, size: int) -> dict[int, bytes]:
-        """A list of (site, value of `size` bytes)."""
-        count = self.number(2)
-        if count > MOST_INSTITUTIONS:
-            raise MalformedMessage(f"a message lists {count} sites and may list {MOST_INSTITUTIONS}")
-        found: dict[int, bytes] = {}
-        last = -1
-        for _ in range(count):
-            site = self.number(2)
-            if not last < site < MOST_INSTITUTIONS:
-                raise MalformedMessage("a message lists sites out of order, twice or of no roster")
-            found[site] = self.take(size)
-            last = site
-        return found
-
-    def packets(self, size: int, most: int = MOST_INSTITUTIONS) -> tuple[bytes, ...]:
-        """A list of values of `size` bytes."""
-        count = self.number(2)
-        if count > most:
-            raise MalformedMessage(f"a message lists {count} sites and may list {most}")
-        return tuple(self.take(size) for _ in range(count))
-
-    def end(self) -> None:
-        if self._place != len(self._data):
-            raise MalformedMessage("a message is too long")
-
-
-def _by_site(values: Mapping[int, bytes]) -> bytes:
-    parts = [len(values).to_bytes(2, "little")]
-    for site in sorted(values):
-        parts += [site.to_bytes(2, "little"), values[site]]
-    return b"".join(parts)
-
-
-def _sites(sites: tuple[int, ...]) -> bytes:
-    return _by_site(dict.fromkeys(sites, b""))
-
-
-def _packets(values: tuple[bytes, ...]) -> bytes:
-    return b"".join([len(values).to_bytes(2, "little"), *values])
 
 
 class Kind(enum.IntEnum):
@@ -158,7 +101,7 @@ class Body:
         raise NotImplementedError
 
     @classmethod
-    def parse(cls, reader: Any) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """From a reader; MalformedMessage if it does not fit."""
         raise NotImplementedError
 
@@ -174,10 +117,12 @@ class RoundStart(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return b"".join([self.model_hash, _sites(self.invited), len(self.config).to_bytes(4, "little"), self.config])
+        return b"".join(
+            [self.model_hash, pack_sites(self.invited), len(self.config).to_bytes(4, "little"), self.config]
+        )
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         model_hash, invited, size = reader.take(HASH_BYTES), tuple(reader.by_site(0)), reader.number(4)
         if size > MOST_CONFIG_BYTES:
@@ -200,7 +145,7 @@ class Advertise(Body):
         return b"".join([self.context, self.sealing_key, self.masking_key, self.seed_commitment])
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(*(reader.take(KEY_BYTES) for _ in range(4)))
 
@@ -214,10 +159,10 @@ class KeyList(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return _packets(self.advertised)
+        return pack_all(self.advertised)
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.packets(ADVERTISE_BYTES))
 
@@ -232,10 +177,10 @@ class Shares(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return self.keys_hash + _by_site(self.sealed)
+        return self.keys_hash + pack_by_site(self.sealed)
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.take(HASH_BYTES), reader.by_site(SEALED_BYTES))
 
@@ -250,10 +195,10 @@ class ShareForward(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return _sites(self.peers) + _by_site(self.sealed)
+        return pack_sites(self.peers) + pack_by_site(self.sealed)
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(tuple(reader.by_site(0)), reader.by_site(SEALED_BYTES))
 
@@ -275,7 +220,7 @@ class Masked(Body):
         return b"".join([*head, self.vector])
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         hashes = [reader.take(HASH_BYTES) for _ in range(3)]
         if reader.number(2):
@@ -296,10 +241,10 @@ class Survivors(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return self.peers_hash + _by_site(self.vector_hashes)
+        return self.peers_hash + pack_by_site(self.vector_hashes)
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.take(HASH_BYTES), reader.by_site(HASH_BYTES))
 
@@ -316,7 +261,7 @@ class Confirm(Body):
         return self.list_hash
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.take(HASH_BYTES))
 
@@ -330,10 +275,10 @@ class ConfirmList(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return _packets(self.confirmed)
+        return pack_all(self.confirmed)
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.packets(CONFIRM_BYTES))
 
@@ -355,10 +300,12 @@ class Reveal(Body):
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return self.list_hash + _by_site({site: bytes([which]) + share for site, (which, share) in self.shares.items()})
+        return self.list_hash + pack_by_site(
+            {site: bytes([which]) + share for site, (which, share) in self.shares.items()}
+        )
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         list_hash, shares = reader.take(HASH_BYTES), reader.by_site(1 + SHARE_BYTES)
         if any(share[0] > Revealed.KEY for share in shares.values()):
@@ -379,7 +326,7 @@ class Refuse(Body):
         return bytes([len(code)]) + code
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         code = reader.take(reader.number(1))
         if not 1 <= len(code) <= 80 or not all(byte in _CODE for byte in code):
@@ -403,7 +350,7 @@ class Complaint(Body):
         return self.about.to_bytes(2, "little") + self.keys_hash
 
     @classmethod
-    def parse(cls, reader: _Reader) -> Self:
+    def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.number(2), reader.take(HASH_BYTES))
 
@@ -449,10 +396,10 @@ def encode(identity: Identity, turn: Turn, sender: int, body: Body) -> bytes:
     return content + identity.sign(_LABEL, content)
 
 
-def read(data: bytes, key_of: Callable[[int], bytes]) -> Message:
+def read(data: bytes, key_of: Callable[[int], bytes], *, most_bytes: int = MOST_BYTES) -> Message:
     """The message in `data`; `key_of` gives a sender's Ed25519 key or raises.
 
-    The signature is checked before the body is looked at.
+    The length is checked before the signature, and the signature before the body is looked at.
 
     Raises:
         MalformedMessage: it is cut, too long, of another version or not canonical.
@@ -461,12 +408,14 @@ def read(data: bytes, key_of: Callable[[int], bytes]) -> Message:
     """
     if len(data) < _HEADER.size + SIGNATURE_BYTES:
         raise MalformedMessage("a message is cut")
+    if len(data) > most_bytes:
+        raise MalformedMessage(f"a message has {len(data)} bytes and may have {most_bytes}")
     version, kind, federation, epoch, number, attempt, sender = _HEADER.unpack_from(data)
     if version != VERSION or kind not in _BODIES:
         raise MalformedMessage(f"a message is of version {version} and type {kind}; both sides need one version")
     content, signature = data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
     verify(key_of(sender), _LABEL, content, signature)
-    reader = _Reader(memoryview(data)[_HEADER.size : -SIGNATURE_BYTES])
+    reader = Reader(memoryview(data)[_HEADER.size : -SIGNATURE_BYTES])
     body = _BODIES[kind].parse(reader)
     reader.end()
     return Message(Turn(federation, epoch, number, attempt), sender, body, data)

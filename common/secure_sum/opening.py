@@ -1,11 +1,11 @@
 """Opening a shared secret when some shares may be wrong: the commitment says which set of shares is right.
 
-Whose share disagrees. Wrong shares can be chosen so that their errors cancel in one set, which then opens the right secret
-and makes true shares look wrong. So nobody is named on the word of one set. Let A of m shares lie on the polynomial that
-a set gives. The secret is verified and so is one more point of it. If at most c holders lie and A - c >= t - 1, then t
-true points lie on it and it is the true one; two polynomials with A >= (m + t - 1) / 2 each would have t points in
-common, so there is one at most. Only with both are the other holders named. Even then it may be the site that shared
-the secret who gave them a wrong share.
+Whose share disagrees. Wrong shares can be chosen so that their errors cancel in one set, which then opens the right
+secret and makes true shares look wrong. So nobody is named on the word of one set. Let A of m shares lie on the
+polynomial that a set gives. The secret is verified and so is one more point of it. If at most c holders lie and A - c
+>= t - 1, then t true points lie on it and it is the true one; two polynomials with A >= (m + t - 1) / 2 each would
+have t points in common, so there is one at most. Only with both are the other holders named. Even then it may be the
+site that shared the secret who gave them a wrong share.
 """
 
 from collections.abc import Callable, Collection, Mapping

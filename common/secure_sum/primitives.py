@@ -40,7 +40,7 @@ HASH_BYTES = 32
 NONCE_BYTES = 12
 TAG_BYTES = 16
 
-_ZEROS = bytes(1 << 18)
+_ZEROS = memoryview(bytes(1 << 18))
 
 
 @enum.unique
@@ -139,15 +139,15 @@ class Keystream:
     def __init__(self, key: bytes, counter: bytes = bytes(16)) -> None:
         self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
 
-    def into(self, buffer: memoryview, count: int) -> None:
-        """Write the next `count` bytes (at most 262,144) into a buffer that is at least 16 bytes larger."""
-        self._encryptor.update_into(memoryview(_ZEROS)[:count], buffer)
+    def into(self, buffer: memoryview) -> None:
+        """Fill a buffer of at most 262,144 bytes with the next of them."""
+        self._encryptor.update_into(_ZEROS[: len(buffer)], buffer)
 
     def bytes(self, count: int) -> bytes:
         """The next `count` bytes."""
         pieces = []
         while count:
             size = min(count, len(_ZEROS))
-            pieces.append(self._encryptor.update(memoryview(_ZEROS)[:size]))
+            pieces.append(self._encryptor.update(_ZEROS[:size]))
             count -= size
         return b"".join(pieces)

@@ -1,7 +1,8 @@
 """Shamir's secret sharing (1979) of 32-byte secrets over the integers mod p = 2^257 - 93.
 
-A secret s < 2^256 < p is the value at 0 of a polynomial of degree t - 1 whose other coefficients are uniform mod p; site
-i holds the value at x = i + 1. Fewer than t values are uniform whatever s is. A share is 33 bytes, little-endian.
+A secret s < 2^256 < p is the value at 0 of a polynomial of degree t - 1 whose other coefficients are uniform mod p;
+site i holds the value at x = i + 1. Fewer than t values are uniform whatever s is. A share is 33 bytes,
+little-endian.
 """
 
 import functools

@@ -181,7 +181,7 @@ def release(site: Site, state: SiteState, memory: SiteMemory, body: Words) -> tu
         raise VectorRefused(f"a vector must have {state.config.words - CHECKSUM_WORDS} words of 64 bits")
     plain = digest(Label.BODY, np.ascontiguousarray(body, "<u8").data.cast("B"))
     memory = memory.letting_go(state.turn, plain)
-    words = with_checksum(body, state.context).astype("<u8", copy=False)
+    words = with_checksum(body, state.context)
     masks = [(derivations.self_mask_key(state.seed, state.keys_hash, state.site), 1)]
     masks += [(key, 1 if state.site < peer else -1) for peer, key in state.mask_keys if peer in state.peers]
     apply_masks(words, masks)

@@ -1,4 +1,6 @@
-"""What a site remembers: for good, over restarts (`SiteMemory`), and within one attempt, in memory alone (`SiteState`)."""
+"""What a site remembers: for good, over restarts (`SiteMemory`), and within one attempt, in memory alone
+(`SiteState`).
+"""
 
 import enum
 from dataclasses import dataclass, replace
@@ -146,13 +148,13 @@ class SiteState:
     """(site, share of its seed, share of its masking key) of each neighbour in U2 and of itself."""
     vector_hash: bytes = b""
     salt: bytes = b""
-    """Opens the commitment to the plain vector in a dispute."""
+    """Opens the commitment to the plain vector, to an auditor in a dispute; whoever logs vectors keeps it with them."""
     survivors: tuple[int, ...] = ()
     """U3."""
     list_hash: bytes = b""
 
     def over(self) -> "SiteState":
-        """Without anything secret."""
+        """Without keys, seed and shares."""
         return SiteState(
             phase=Phase.OVER,
             turn=self.turn,
@@ -161,6 +163,7 @@ class SiteState:
             config=self.config,
             invited=self.invited,
             keys_hash=self.keys_hash,
+            salt=self.salt,
             survivors=self.survivors,
             list_hash=self.list_hash,
         )

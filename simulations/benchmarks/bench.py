@@ -3,30 +3,48 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
 from common.errors import RunError
 from simulations.benchmarks.dp_step import measure_dp_step
+from simulations.benchmarks.secure_sum import SITES, VALUES, measure_secure_sum
 from simulations.benchmarks.simulation import measure_simulation
 
 __all__ = ["print_bench"]
 
-BENCHMARKS = ("dp-step", "simulation")
+BENCHMARKS = ("dp-step", "secure-sum", "simulation")
+SIMULATED_SITES = 20
+DP_STEPS, TURNS = 7, 3
 
 
-def print_bench(name: str, *, as_json: bool, sites: int, rounds: int, repetitions: int) -> None:
+def print_bench(
+    name: str,
+    *,
+    as_json: bool,
+    sites: Sequence[int],
+    rounds: int,
+    values: Sequence[int],
+    repetitions: int | None,
+) -> None:
     """Run the benchmark `name` and print {"bench", "machine", "figures"}, on one line with `as_json`.
 
+    `sites` and `values` may be empty, `repetitions` None; each benchmark has sizes of its own.
+
     Raises:
-        RunError: there is no such benchmark.
+        RunError: there is no such benchmark, or it takes one number of sites and got more.
     """
     if name not in BENCHMARKS:
         raise RunError(f"no benchmark {name!r}; there is {', '.join(BENCHMARKS)}")
     if name == "dp-step":
-        figures = measure_dp_step(repetitions=repetitions)
+        figures = measure_dp_step(repetitions=repetitions or DP_STEPS)
+    elif name == "secure-sum":
+        figures = measure_secure_sum(values=values or VALUES, sites=sites or SITES, repetitions=repetitions or TURNS)
     else:
-        figures = measure_simulation(sites=sites, rounds=rounds)
+        if len(sites) > 1:
+            raise RunError(f"the simulation is measured with one number of sites, not {len(sites)}; give --sites once")
+        figures = measure_simulation(sites=sites[0] if sites else SIMULATED_SITES, rounds=rounds)
     machine = {
         "cores": os.cpu_count(),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from common.errors import RunError
 from simulations.benchmarks import dp_step
+from simulations.benchmarks.bench import print_bench
+from simulations.commands import app
 
 
 @pytest.mark.slow
@@ -47,4 +51,26 @@ def test_an_unknown_bench_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run([str(coadapt), "bench", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert done.stderr == "error: no benchmark 'nothing'; there is dp-step, simulation\n"
+    assert done.stderr == "error: no benchmark 'nothing'; there is dp-step, secure-sum, simulation\n"
+
+
+def test_the_secure_sum_bench_prints_one_object() -> None:
+    size = ["--values", "5000", "--values", "90000", "--sites", "3", "--sites", "8", "--repetitions", "1"]
+    done = CliRunner().invoke(app, ["bench", "secure-sum", "--json", *size], catch_exceptions=False)
+
+    result = json.loads(done.stdout)
+    figures = result["figures"]
+    assert set(result) == {"bench", "machine", "figures"}
+    assert result["bench"] == "secure-sum"
+    assert all(value > 0 for value in figures.values())
+    for place in ("5000_3", "5000_8", "90000_3", "90000_8"):
+        assert figures[f"bytes_per_value_{place}"] <= 2.67
+        seconds, flower = figures[f"mask_seconds_{place}"], figures[f"mask_flower_seconds_{place}"]
+        assert figures[f"mask_times_flower_{place}"] == pytest.approx(flower / seconds, rel=2e-3)
+    for step in ("split", "open"):
+        assert figures[f"{step}_times_flower_8"] > 2
+
+
+def test_the_simulation_bench_takes_one_number_of_sites() -> None:
+    with pytest.raises(RunError, match="one number of sites, not 2"):
+        print_bench("simulation", as_json=True, sites=[2, 3], rounds=1, values=(), repetitions=1)

@@ -89,7 +89,7 @@ class Federation:
 
     def encode(self, site: int) -> Words:
         if self.layout is not LAYOUT:
-            size = {name: shape for name, shape in self.layout.tensors}
+            size = dict(self.layout.tensors)
             state = {name: seeded(2, site, name).normal(size=shape).astype(np.float32) for name, shape in size.items()}
         else:
             state = state_of(site)
@@ -123,7 +123,10 @@ def opened(data: bytes, federation: Federation) -> Message:
 
 
 class Attempt:
-    """One attempt, driven stage by stage. `failed` holds the error that ended a site; `refused` what the coordinator refused."""
+    """One attempt, driven stage by stage.
+
+    `failed` holds the error that ended a site, `refused` the one with which the coordinator refused it.
+    """
 
     def __init__(self, federation: Federation, number: int, attempt: int, invited: list[int]) -> None:
         self.federation = federation

@@ -165,21 +165,29 @@ def test_a_repeated_key_is_refused() -> None:
     ended(attempt, KeyRefused, 0, 1)
 
 
-def test_a_key_of_low_order_is_refused() -> None:
-    federation = Federation(4)
+@pytest.mark.parametrize("which", ["masking_key", "sealing_key"])
+def test_a_key_of_low_order_is_refused(which: str) -> None:
+    federation = Federation(5)
     attempt = federation.attempt()
+    weak: list[bytes] = []
 
     def weaken(site: int, data: bytes) -> bytes:
+        if site != 3:
+            return data
         message = opened(data, federation)
-        if site == 3:
-            return federation.forge(message.turn, replace(message.body, masking_key=bytes(32)), sender=3)
-        return data
+        weak.append(federation.forge(message.turn, replace(message.body, **{which: bytes(32)}), sender=3))
+        return weak[0]
 
     attempt.to_coordinator = weaken
-    attempt.run_to(Stage.SHARES)
     attempt.exchange()
-    assert {type(attempt.failed[site]) for site in (0, 1, 2)} == {KeyRefused}
-    assert revealed(attempt) == []
+    assert {site: type(error) for site, error in attempt.refused.items()} == {3: KeyRefused}
+    attempt.advance()
+    # A coordinator that relays it all the same meets the sites.
+    attempt.to_site = replaced(
+        federation, (0, 1), lambda body: KeyList((*body.advertised[:3], weak[0], *body.advertised[3:]))
+    )
+    attempt.exchange()
+    ended(attempt, KeyRefused, 0, 1)
 
 
 def test_a_key_list_may_not_hold_a_site_twice_or_a_site_that_was_not_invited() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.codec.fixed_point import MOST_BITS
-from common.codec.packing import MOST_SITES, Lanes, bits_for
+from common.codec.packing import MOST_SITES, Lanes, aligned_words, bits_for
 from common.errors import VectorRefused
 from common.randomness import seeded
 
@@ -71,3 +71,12 @@ def test_what_does_not_fit_is_refused() -> None:
         lanes.unpack(np.zeros(2, np.uint64), 3)
     with pytest.raises(VectorRefused, match="bits"):
         Lanes(MOST_BITS + 1, 4)
+
+
+def test_aligned_words_are_zeros_at_a_cache_line() -> None:
+    for count in (0, 1, 7, 8, 9, 100_000):
+        words = aligned_words(count)
+        assert words.shape == (count,)
+        assert words.dtype == np.dtype("<u8")
+        assert not words.any()
+        assert count == 0 or words.ctypes.data % 64 == 0

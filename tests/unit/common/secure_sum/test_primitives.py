@@ -5,6 +5,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import KeyRefused, ShareRefused, SignatureRefused
 from common.identity import Identity, fingerprint, verify
+from common.randomness import system_bytes
 from common.secure_sum.primitives import (
     Keystream,
     Label,
@@ -122,9 +123,9 @@ def test_the_keystream_begins_at_counter_zero_and_goes_on() -> None:
     assert Keystream(bytes(32)).bytes(16) == H("dc95c078a2408989ad48a21492842087")
     whole, parts = Keystream(bytes(32)).bytes(1 << 19), Keystream(bytes(32))
     assert parts.bytes(10) + parts.bytes((1 << 18) + 3) + parts.bytes((1 << 18) - 13) == whole
-    room = bytearray(100 + 16)
-    Keystream(bytes(32)).into(memoryview(room), 100)
-    assert bytes(room[:100]) == whole[:100]
+    room = bytearray(100)
+    Keystream(bytes(32)).into(memoryview(room))
+    assert bytes(room) == whole[:100]
 
 
 def test_a_signature_holds_for_its_key_label_and_data_alone() -> None:
@@ -166,3 +167,8 @@ def test_labels_and_parts_are_kept_apart() -> None:
     hashes = [digest(label, *parts) for label in Label for parts in ((), (b"",), (b"a", b"b"), (b"ab",), (b"ab", b""))]
     assert len(set(keys + hashes)) == len(keys) + len(hashes)
     assert len({label.value for label in Label}) == len(Label)
+
+
+def test_bytes_of_the_system_are_as_many_as_asked_for_and_new() -> None:
+    assert [len(system_bytes(count)) for count in (0, 1, 32)] == [0, 1, 32]
+    assert len({system_bytes(32) for _ in range(100)}) == 100
