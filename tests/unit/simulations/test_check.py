@@ -222,7 +222,11 @@ def test_markup_in_names_is_shown_as_it_is(manifest_file: Callable[..., Path], e
         ({"adapter": {"rnk": 3}}, ManifestError, "did you mean adapter.rank"),
         ({"model": {"base": "nowhere/at/all"}}, ModelError, "neither a directory here nor a hub id"),
         ({"evaluation": {"metrics": ["check_test_gone:f"]}}, ExtensionError, "no module 'check_test_gone'"),
-        ({"aggregation": {"method": "check_test_gone:f"}, "secure_sum": {"enabled": False}}, ExtensionError, "no module 'check_test_gone'"),
+        (
+            {"aggregation": {"method": "check_test_gone:f"}, "secure_sum": {"enabled": False}},
+            ExtensionError,
+            "no module 'check_test_gone'",
+        ),
         ({"adapter": {"method": "head"}, "aggregation": {"method": "ffa"}}, ManifestError, "low-rank pairs"),
     ],
 )
