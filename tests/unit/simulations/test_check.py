@@ -169,7 +169,7 @@ def test_the_bytes_of_a_round_are_those_of_real_envelopes(manifest_file: Callabl
     ],
 )
 def test_it_says_how_the_sites_are_combined(manifest_file: Callable[..., Path], method: str, said: str) -> None:
-    path = manifest_file(aggregation={"method": method})
+    path = manifest_file(aggregation={"method": method}, secure_sum={"enabled": ":" not in method})
     (path.parent / "check_own.py").write_text("def f(changes, weights):\n    return changes[0]\n")
     assert facts_in(said_by(path))["aggregation"].startswith(said)
 
@@ -223,7 +223,11 @@ def test_markup_in_names_is_shown_as_it_is(manifest_file: Callable[..., Path], e
         ({"adapter": {"rnk": 3}}, ManifestError, "did you mean adapter.rank"),
         ({"model": {"base": "nowhere/at/all"}}, ModelError, "neither a directory here nor a hub id"),
         ({"evaluation": {"metrics": ["check_test_gone:f"]}}, ExtensionError, "no module 'check_test_gone'"),
-        ({"aggregation": {"method": "check_test_gone:f"}}, ExtensionError, "no module 'check_test_gone'"),
+        (
+            {"aggregation": {"method": "check_test_gone:f"}, "secure_sum": {"enabled": False}},
+            ExtensionError,
+            "no module 'check_test_gone'",
+        ),
         ({"adapter": {"method": "head"}, "aggregation": {"method": "ffa"}}, ManifestError, "low-rank pairs"),
     ],
 )

@@ -147,7 +147,7 @@ def test_the_table_has_means_with_their_seeds_and_names_what_is_missing() -> Non
     done["ffa private seed 1"] = {"accuracy": 0.5, "macro_f1": 0.25, "loss": 2.0, "bytes_up": 1e6, "epsilon": 7.991}
     lines = markdown(done).splitlines()
     assert lines[2] == "| separate | none | 0.700 ± 0.100 | 0.500 ± 0.000 | 1.000 ± 0.000 | 2.0 | 3 of 3 |"
-    assert lines[2 + 5] == "| ffa | epsilon 7.99 | 0.500 | 0.250 | 2.000 | 1.0 | 1 of 3 |"
+    assert lines[2 + 5] == "| ffa | epsilon 7.991 | 0.500 | 0.250 | 2.000 | 1.0 | 1 of 3 |"
     assert lines[-1].startswith("Unfinished: alternate plain seed 0, ffa plain seed 0, separate private seed 0")
     assert lines[-1].count("seed") == 18 - 4
     everything = dict.fromkeys((cell.name for cell in cells_of_the_study()), done["ffa private seed 1"])
