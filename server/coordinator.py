@@ -21,6 +21,7 @@ from common.progress import (
 )
 from server.aggregation.mean import WeightedMean
 from server.aggregation.momentum import ServerMomentum
+from server.aggregation.tail import mean_adapter
 from server.channel import Channel, Reply
 from server.run_store import RunStore
 
@@ -130,6 +131,8 @@ class Coordinator:
             )
         # 5. Aggregate, and store before anyone hears of it.
         self.adapter = self._step(self.adapter, mean.result())
+        if number == self._manifest.training.rounds:
+            self.adapter = self._averaged(number)
         done.seconds = time.monotonic() - began
         done.bytes_down = len(request) * len(self._sites)
         self._store.save_round(number, self.adapter)
@@ -144,6 +147,13 @@ class Coordinator:
                 bytes_down=done.bytes_down,
                 seconds=done.seconds,
             )
+        )
+
+    def _averaged(self, number: int) -> AdapterState:
+        """The mean of the adapters of the last rounds, of which `number` is the last and not stored yet."""
+        before = range(number - self._manifest.aggregation.average_last + 1, number)
+        return (
+            mean_adapter([*(self._store.load_round(each) for each in before), self.adapter]) if before else self.adapter
         )
 
     def _take_in(self, reply: Reply, start: RoundStart, mean: WeightedMean, done: StoredRound) -> None:

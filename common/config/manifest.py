@@ -269,11 +269,23 @@ class PrivacySection(Section):
         description="what is protected: record, or what the unit column names (patient, matter, contract)",
     )
     clip: float = Field(1.0, gt=0, description="largest L2 norm of a unit's gradient; larger ones are scaled")
+    head_clip: float | None = Field(
+        None,
+        gt=0,
+        description="largest L2 norm of the head's part of a unit's gradient, scaled by itself; the adapter's part has"
+        " the rest, sqrt(clip^2 - head_clip^2), so the guarantee is the same; default: one bound for both",
+    )
     records_per_unit: int = Field(8, ge=1, description="most records of one unit that a step looks at")
     spare_rounds: int = Field(0, ge=0, description="rounds beyond training.rounds that the budget pays for, as retries")
     unsafe_seed: int | None = Field(
         None, ge=0, description="makes noise and sampling repeatable, so that they protect nobody; for tests alone"
     )
+
+    @model_validator(mode="after")
+    def _both_parts_have_a_share(self) -> Self:
+        if self.head_clip is not None and self.head_clip >= self.clip:
+            raise ValueError(f"head_clip must be below clip {self.clip:g}, found {self.head_clip:g}")
+        return self
 
 
 class AggregationSection(Section):
@@ -286,6 +298,11 @@ class AggregationSection(Section):
     )
     server_momentum: float = Field(
         0.0, ge=0, lt=1, description="share of the last round's step that is added to this round's (FedAvgM)"
+    )
+    average_last: int = Field(
+        1,
+        ge=1,
+        description="rounds whose adapters' mean becomes the last round's: noise averages out; 1: the last as it is",
     )
     min_sites: int = Field(2, ge=1, description="fewest sites that must answer; with fewer the run stops")
 
@@ -407,8 +424,21 @@ class Manifest(Section):
         headed = {"head_rounds": self.training.head_rounds, "head_learning_rate": self.training.head_learning_rate}
         if self.task.kind == "causal-lm" and (given := [name for name, value in headed.items() if value]):
             raise ValueError(f"training.{given[0]} cannot be given for causal-lm, which has no head")
+        if self.task.kind == "causal-lm" and self.privacy is not None and self.privacy.head_clip is not None:
+            raise ValueError("privacy.head_clip cannot be given for causal-lm, which has no head")
         if self.adapter.method == "prefix" and self.training.gradient_checkpointing:
             raise ValueError("training.gradient_checkpointing must be false with a prefix, which it would leave out")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_to_average_are_there(self) -> Self:
+        # Adapters of the rounds that train the head alone would pull the mean back.
+        most = max(1, self.training.rounds - self.training.head_rounds)
+        if self.aggregation.average_last > most:
+            raise ValueError(
+                f"aggregation.average_last must be at most the {most} rounds after training.head_rounds,"
+                f" found {self.aggregation.average_last}"
+            )
         return self
 
     @model_validator(mode="after")
