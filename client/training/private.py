@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -179,7 +179,7 @@ def unit_gradients(
 
 def _norms(parameters: Sequence[Any]) -> Tensor:
     """L2 norm of every unit's gradient [units] over these parameters."""
-    return torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
+    return cast(Tensor, torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0))
 
 
 def _drop_not_finite(parameters: Sequence[Any]) -> None:
