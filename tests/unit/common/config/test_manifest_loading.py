@@ -119,7 +119,7 @@ def test_files_of_other_editors_are_read(tmp_path: Path, encode: Callable[[str],
         (
             "[aggregation]\n'to do' = 3",
             "8: aggregation.'to do' is not a known key; known keys of aggregation: method, weighting,"
-            " server_learning_rate, server_momentum, min_sites",
+            " server_learning_rate, server_momentum, average_last, min_sites",
         ),
     ],
 )  # fmt: skip
