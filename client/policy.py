@@ -49,8 +49,7 @@ class CrowdPolicy(Section):
     )
     metrics: Literal["summed", "none"] = Field(
         "summed",
-        description="what leaves of loss and held-out counts: their sum over the sites, or nothing; none with"
-        " privacy",
+        description="what leaves of loss and held-out counts: their sum over the sites, or nothing; none with privacy",
     )
 
 

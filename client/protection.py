@@ -34,13 +34,17 @@ class Population:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Noise over clip, the clip (L2), a unit's chance to be drawn, units expected in a step, most records of a unit."""
+    """Noise over clip, the clip (L2), a unit's chance to be drawn, units expected in a step, most records of a unit.
+
+    `head_clip` bounds the head's part of a unit's gradient by itself; None: one bound for head and adapter.
+    """
 
     noise_multiplier: float
     clip: float
     sampling_rate: float
     expected_units: float
     records_per_unit: int
+    head_clip: float | None = None
 
 
 def mechanism(manifest: Manifest, population: Population) -> Mechanism:
@@ -59,7 +63,7 @@ def mechanism(manifest: Manifest, population: Population) -> Mechanism:
     rate = training.batch_size / population.units
     steps = (training.rounds + section.spare_rounds) * training.local_steps
     noise = _calibrated(section.epsilon, section.delta, rate, steps)
-    return Mechanism(noise, section.clip, rate, training.batch_size, section.records_per_unit)
+    return Mechanism(noise, section.clip, rate, training.batch_size, section.records_per_unit, section.head_clip)
 
 
 class Protection:

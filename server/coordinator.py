@@ -23,6 +23,7 @@ from common.progress import (
 from server.aggregation.method import Mean, TwoSums
 from server.aggregation.methods import method_for
 from server.aggregation.optimiser import optimiser_for
+from server.aggregation.tail import mean_adapter
 from server.channel import Channel
 from server.collection import Collected, Collection, PlainCollection, SiteAnswer
 from server.guards import Rejection, too_long, too_much_worse
@@ -149,6 +150,8 @@ class Coordinator:
             mean = {**mean, **second.mean}
         # 5. Aggregate, where the guards let it pass, and store before anyone hears of it.
         done.rejected = self._aggregate(mean, done)
+        if number == self._manifest.training.rounds:
+            self.adapter = self._averaged(number)
         done.seconds = time.monotonic() - began
         self._store.save_round(
             number,
@@ -191,6 +194,13 @@ class Coordinator:
             RoundRejected(round=done.number, setting=rejected.setting, value=rejected.value, bound=rejected.bound)
         )
         return rejected
+
+    def _averaged(self, number: int) -> AdapterState:
+        """The mean of the adapters of the last rounds, of which `number` is the last and not stored yet."""
+        before = range(number - self._manifest.aggregation.average_last + 1, number)
+        return (
+            mean_adapter([*(self._store.load_round(each) for each in before), self.adapter]) if before else self.adapter
+        )
 
     def _require_enough(self, done: StoredRound) -> None:
         least = min(self._manifest.aggregation.min_sites, len(self._sites))

@@ -1,23 +1,26 @@
 """Training under differential privacy: DP-SGD (Abadi et al. 2016, algorithm 1) on privacy units.
 
 Every step samples each unit on its own, averages the gradients of the unit's records, bounds the mean's L2 norm by
-the clip, adds Gaussian noise to the sum, and divides by the expected number of units. Opacus' optimiser clips and
-steps; sampling, noise and per-example gradients are ours. What the steps cost is charged before they are taken
-(`client/ledger.py`); nothing here can add to it, since only the noised sums reach the adapter.
+the clip, adds Gaussian noise to the sum, and divides by the expected number of units. The manifest may bound head and
+adapter apart before. Opacus' optimiser clips and steps; sampling, noise and per-example gradients are ours. What the
+steps cost is charged before they are taken (`client/ledger.py`); nothing here can add to it, since only the noised
+sums reach the adapter.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from opacus.optimizers import DPOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from client.protection import Mechanism
 from client.training.loop import new_optimizer, set_learning_rates
 from client.training.per_sample import Engine, per_sample_gradients
+from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
 from common.errors import PrivacyError
 from common.randomness import SystemRandomness
@@ -34,9 +37,20 @@ GRID = 2.0**-20
 
 
 class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus' optimiser with noise from the operating system, added in float64 and rounded to a grid."""
+    """Opacus' optimiser with noise from the operating system, added in float64 and rounded to a grid.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, randomness: SystemRandomness) -> None:
+    With `mechanism.head_clip` c_h the parts of a unit's gradient are bounded apart (McMahan et al. 2018, section 2.3,
+    "per-layer clipping"): that of `head` to c_h, the rest to sqrt(clip^2 - c_h^2). Otherwise the part with the longer
+    gradients takes nearly all of the clip. Opacus' clip of the whole stays, so the sensitivity does not depend on it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        mechanism: Mechanism,
+        randomness: SystemRandomness,
+        head: Iterable[nn.Parameter] = (),
+    ) -> None:
         super().__init__(
             optimizer,
             noise_multiplier=mechanism.noise_multiplier,
@@ -45,6 +59,21 @@ class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
             loss_reduction="mean",
         )
         self._randomness = randomness
+        of_the_head = {id(parameter) for parameter in head}
+        own = [p for p in self.params if id(p) in of_the_head]
+        rest = [p for p in self.params if id(p) not in of_the_head]
+        self._bounds: list[tuple[list[Any], float]] = []
+        if mechanism.head_clip is not None and own and rest:  # a part that trains alone has the whole clip
+            left = math.sqrt(mechanism.clip**2 - mechanism.head_clip**2)
+            self._bounds = [(own, mechanism.head_clip), (rest, left)]
+
+    def clip_and_accumulate(self) -> None:
+        """Bound the parts of every unit's gradient, then the whole, and add it to `p.summed_grad`."""
+        for parameters, bound in self._bounds:
+            factors = (bound / _norms(parameters).clamp(min=1e-12)).clamp(max=1.0)
+            for parameter in parameters:
+                parameter.grad_sample *= factors.view(-1, *[1] * parameter.dim())
+        super().clip_and_accumulate()
 
     def add_noise(self) -> None:
         """`p.grad` becomes the sum of clipped gradients plus noise of deviation noise_multiplier x clip."""
@@ -83,7 +112,8 @@ def train_private(
         PrivacyError: a check of the mechanism failed; the model may have been changed and must not be sent.
     """
     plain = new_optimizer(model, section)
-    optimizer = NoisedOptimizer(plain, mechanism, randomness)
+    head = (parameter for name, parameter in trained_parameters(model).items() if is_head(name))
+    optimizer = NoisedOptimizer(plain, mechanism, randomness, head)
     if canaries is not None:
         optimizer.attach_step_hook(canaries.look)
     model.train()
@@ -147,9 +177,13 @@ def unit_gradients(
     _drop_not_finite(list(parameters.values()))
 
 
+def _norms(parameters: Sequence[Any]) -> Tensor:
+    """L2 norm of every unit's gradient [units] over these parameters."""
+    return cast(Tensor, torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0))
+
+
 def _drop_not_finite(parameters: Sequence[Any]) -> None:
-    norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
-    broken = ~torch.isfinite(norms)
+    broken = ~torch.isfinite(_norms(parameters))
     if bool(broken.any()):
         for parameter in parameters:
             parameter.grad_sample[broken] = 0.0

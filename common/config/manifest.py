@@ -278,11 +278,23 @@ class PrivacySection(Section):
         description="what is protected: record, or what the unit column names (patient, matter, contract)",
     )
     clip: float = Field(1.0, gt=0, description="largest L2 norm of a unit's gradient; larger ones are scaled")
+    head_clip: float | None = Field(
+        None,
+        gt=0,
+        description="largest L2 norm of the head's part of a unit's gradient, scaled by itself; the adapter's part has"
+        " the rest, sqrt(clip^2 - head_clip^2), so the guarantee is the same; default: one bound for both",
+    )
     records_per_unit: int = Field(8, ge=1, description="most records of one unit that a step looks at")
     spare_rounds: int = Field(0, ge=0, description="rounds beyond training.rounds that the budget pays for, as retries")
     unsafe_seed: int | None = Field(
         None, ge=0, description="makes noise and sampling repeatable, so that they protect nobody; for tests alone"
     )
+
+    @model_validator(mode="after")
+    def _both_parts_have_a_share(self) -> Self:
+        if self.head_clip is not None and self.head_clip >= self.clip:
+            raise ValueError(f"head_clip must be below clip {self.clip:g}, found {self.head_clip:g}")
+        return self
 
 
 class AggregationSection(Section):
@@ -326,12 +338,22 @@ class AggregationSection(Section):
         " that worsens it more is rejected",
     )
     max_rejected: int = Field(3, ge=1, description="rounds rejected one after the other that end the run")
+    average_last: int = Field(
+        1,
+        ge=1,
+        description="rounds whose adapters' mean becomes the last round's: noise averages out; 1: the last as it is",
+    )
     min_sites: int = Field(2, ge=1, description="fewest sites that must answer; with fewer the run stops")
 
     @model_validator(mode="after")
     def _settings_fit_the_method(self) -> Self:
         if self.refresh_every is not None and self.method != "ffa":
             raise ValueError(f"refresh_every must be left out with method {self.method!r}: it is a setting of ffa")
+        if self.refresh_every is not None and self.average_last > 1:
+            raise ValueError(
+                "average_last must be 1 with refresh_every, which makes adapters of different sizes, found"
+                f" {self.average_last}"
+            )
         if self.server_momentum and self.server_optimizer != "momentum":
             raise ValueError(
                 f"server_momentum must be 0 with server_optimizer {self.server_optimizer!r}, whose momentum is"
@@ -492,8 +514,21 @@ class Manifest(Section):
         headed = {"head_rounds": self.training.head_rounds, "head_learning_rate": self.training.head_learning_rate}
         if self.task.kind == "causal-lm" and (given := [name for name, value in headed.items() if value]):
             raise ValueError(f"training.{given[0]} cannot be given for causal-lm, which has no head")
+        if self.task.kind == "causal-lm" and self.privacy is not None and self.privacy.head_clip is not None:
+            raise ValueError("privacy.head_clip cannot be given for causal-lm, which has no head")
         if self.adapter.method == "prefix" and self.training.gradient_checkpointing:
             raise ValueError("training.gradient_checkpointing must be false with a prefix, which it would leave out")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_to_average_are_there(self) -> Self:
+        # Adapters of the rounds that train the head alone would pull the mean back.
+        most = max(1, self.training.rounds - self.training.head_rounds)
+        if self.aggregation.average_last > most:
+            raise ValueError(
+                f"aggregation.average_last must be at most the {most} rounds after training.head_rounds,"
+                f" found {self.aggregation.average_last}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -313,6 +313,13 @@ def test_virtual_tokens_take_places_of_the_longest_input(bases: dict[str, Path])
     [
         ("prefix", {"training": {"gradient_checkpointing": True}}, "must be false with a prefix"),
         ("lora", {"training": {"head_rounds": 3}}, "head_rounds must be at most rounds 2"),
+        ("lora", {"privacy": {"epsilon": 8, "head_clip": 1.0}}, "head_clip must be below clip 1, found 1"),
+        ("lora", {"aggregation": {"average_last": 3}}, "average_last must be at most the 2 rounds after"),
+        (
+            "lora",
+            {"training": {"head_rounds": 1}, "aggregation": {"average_last": 2}},
+            "average_last must be at most the 1 rounds after",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(

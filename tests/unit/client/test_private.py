@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from client.training.loop import learning_rate
 from client.training.per_sample import per_sample_gradients
 from client.training.preflight import check_gradients, check_moved, check_randomness
 from client.training.private import train_private, unit_gradients
-from common.adapters import get_state, set_state
+from common.adapters import get_state, is_head, set_state, train_head_alone
 from common.codec.state import AdapterState
 from common.config.manifest import Manifest, TrainingSection
 from common.errors import PrivacyError
@@ -85,15 +86,20 @@ def slow(
                 loss = ready.task.losses(ready.model(**batch.inputs()), batch)[0]
                 for n, g in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
                     mean[n] += g / len(unit)
-            norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in mean.values()))
-            for n, g in mean.items():
-                total[n] += g.double() * min(1.0, how.clip / norm)
+            parts, bounds = [list(mean)], [how.clip]
+            if how.head_clip is not None:
+                parts = [[n for n in mean if is_head(n)], [n for n in mean if not is_head(n)]]
+                bounds = [how.head_clip, math.sqrt(how.clip**2 - how.head_clip**2)]
+            for part, bound in zip(parts, bounds, strict=True):
+                norm = math.sqrt(sum(float((mean[n].double() ** 2).sum()) for n in part))
+                for n in part:
+                    total[n] += mean[n].double() * min(1.0, bound / norm)
         noise = torch.from_numpy(randomness.normal(sum(p.numel() for p in values.values())))
         place, rate = 0, learning_rate(section, 2 + step - 1, 20)
         for n, p in values.items():
-            part = noise[place : place + p.numel()].view(p.shape)
+            drawn_noise = noise[place : place + p.numel()].view(p.shape)
             place += p.numel()
-            g = ((total[n] + how.noise_multiplier * how.clip * part) / how.expected_units).float()
+            g = ((total[n] + how.noise_multiplier * how.clip * drawn_noise) / how.expected_units).float()
             means[n] = 0.9 * means[n] + 0.1 * g
             squares[n] = 0.999 * squares[n] + 0.001 * g**2
             p.mul_(1 - rate * section.weight_decay)
@@ -109,8 +115,9 @@ def by_parameter(ready: Resident) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("sizes", [[1] * 10, [1, 3, 2, 4, 1, 2]])
 @pytest.mark.parametrize("noise", [0.0, 0.8])
-def test_it_equals_a_slow_loop(ready: Resident, sizes: list[int], noise: float) -> None:
-    how = Mechanism(noise, HOW.clip, HOW.sampling_rate, HOW.expected_units, HOW.records_per_unit)
+@pytest.mark.parametrize("head_clip", [None, 0.1, 0.3])
+def test_it_equals_a_slow_loop(ready: Resident, sizes: list[int], noise: float, head_clip: float | None) -> None:
+    how = replace(HOW, noise_multiplier=noise, head_clip=head_clip)
     section = TrainingSection(batch_size=4, micro_batch_size=2, learning_rate=1e-2, adam_epsilon=1e-4)
     units, start = units_of(ready, sizes), get_state(ready.model)
     oracle = slow(ready, units, section, how, seed=5, steps=4)
@@ -200,6 +207,52 @@ def test_the_optimiser_clips_as_the_slow_sum(ready: Resident) -> None:
         patch.setattr(torch.optim.AdamW, "step", spy)
         run(ready, units, TrainingSection(), Mechanism(0.0, 0.5, 1.0, 3.0, 2), seed=0, steps=1)
     np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-6 * np.abs(expected).max() + 1e-9)
+
+
+def released_sum(ready: Resident, units: Any, how: Mechanism) -> dict[str, np.ndarray]:
+    """The clipped sum of all units as the optimiser makes it: no noise, everyone drawn, divided by one."""
+    start, seen = get_state(ready.model), {}
+    original = torch.optim.AdamW.step
+
+    def spy(self: Any, closure: Any = None) -> Any:
+        seen.update({n: p.grad.double().numpy() for n, p in ready.model.named_parameters() if p.requires_grad})
+        return original(self, closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        run(ready, units, TrainingSection(), how, seed=0, steps=1)
+    set_state(ready.model, start)
+    return seen
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_apart_removing_one_unit_moves_each_part_by_its_bound_and_the_whole_by_the_clip(
+    ready: Resident, scale: float
+) -> None:
+    how = Mechanism(0.0, scale, 1.0, 1.0, 4, head_clip=0.6 * scale)
+    units = units_of(ready, [1, 3, 2, 1])
+    whole = released_sum(ready, units, how)
+    for place in range(len(units)):
+        rest = released_sum(ready, units[:place] + units[place + 1 :], how)
+        moved = {n: float(np.linalg.norm(whole[n] - rest[n])) for n in whole}
+        head = math.hypot(*(m for n, m in moved.items() if is_head(n)))
+        other = math.hypot(*(m for n, m in moved.items() if not is_head(n)))
+        assert 0 < head <= 0.6 * scale * (1 + 1e-4)
+        assert 0 < other <= 0.8 * scale * (1 + 1e-4)
+        if scale == 1e-3:  # both parts are longer than their bounds, and use them up
+            assert head == pytest.approx(0.6 * scale, rel=1e-2)
+            assert other == pytest.approx(0.8 * scale, rel=1e-2)
+
+
+def test_a_head_that_trains_alone_has_the_whole_clip(ready: Resident) -> None:
+    units = units_of(ready, [1])
+    try:
+        train_head_alone(ready.model, True)
+        found = released_sum(ready, units, Mechanism(0.0, 1e-3, 1.0, 1.0, 4, head_clip=2e-4))
+    finally:
+        train_head_alone(ready.model, False)
+    assert all(is_head(n) for n in found)
+    assert math.hypot(*(float(np.linalg.norm(g)) for g in found.values())) == pytest.approx(1e-3, rel=2e-3)
 
 
 def test_the_noise_that_is_added_has_the_deviation_that_is_charged(ready: Resident) -> None:

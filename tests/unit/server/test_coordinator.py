@@ -382,3 +382,25 @@ def test_with_public_records_no_site_is_asked_to_measure(tmp_path: Path, manifes
     assert seen == [state_digest(store.load_round(number)) for number in (0, 2, 3)]
     asked = [request.header for _, _, request in sites.requests]
     assert all(isinstance(header, RoundStart) and not header.evaluate for header in asked)
+
+
+def test_the_last_round_is_the_mean_of_the_last_adapters(tmp_path: Path, manifest_for: MakeManifest) -> None:
+    results = {}
+    for last in (1, 3):
+        tables = {"training": {"rounds": 5}, "aggregation": {"average_last": last, "server_momentum": 0.5}}
+        results[last] = World(tmp_path / str(last), manifest_for(**tables), Sites())
+        results[last].coordinator.run()
+    plain, averaged = results[1], results[3]
+    for number in range(5):  # rounds before the last one go on from what they were, not from means
+        np.testing.assert_array_equal(
+            averaged.store.load_round(number)["a"], plain.store.load_round(number)["a"], strict=True
+        )
+    expected = np.mean([plain.store.load_round(number)["a"].astype(np.float64) for number in (3, 4, 5)], axis=0)
+    assert not np.allclose(expected, plain.coordinator.adapter["a"])
+    np.testing.assert_allclose(averaged.store.load_round(5)["a"], expected, rtol=1e-6)
+    # It is the result, and what the sites measure at the end.
+    assert averaged.coordinator.selected_round() == 5
+    np.testing.assert_array_equal(averaged.coordinator.adapter["a"], averaged.store.load_round(5)["a"])
+    measured = [request for kind, _, request in averaged.sites.requests if kind == "evaluate"]
+    assert all(np.array_equal(request.tensors["a"], averaged.coordinator.adapter["a"]) for request in measured)
+    assert measured

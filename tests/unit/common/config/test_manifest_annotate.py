@@ -132,7 +132,8 @@ def test_a_table_that_is_not_there_stands_behind_marks_and_can_be_taken_out_of_t
     head, mark, block = text.partition("# [privacy]\n")
     block, end, tail = block.partition("\n\n\n")
     block = re.sub(r"^# (\w+ = )", r"\1", mark.removeprefix("# ") + block, flags=re.MULTILINE)
-    block = re.sub(r"^unsafe_seed = .*$", "", block, flags=re.MULTILINE).replace("epsilon = 0", "epsilon = 8")
+    block = re.sub(r"^(unsafe_seed|head_clip) = .*$", "", block, flags=re.MULTILINE)
+    block = block.replace("epsilon = 0", "epsilon = 8")
     assert load_private(tmp_path, head + block + end + tail) == PrivacySection(epsilon=8.0)
 
 

@@ -120,7 +120,7 @@ def test_files_of_other_editors_are_read(tmp_path: Path, encode: Callable[[str],
             "[aggregation]\n'to do' = 3",
             "8: aggregation.'to do' is not a known key; known keys of aggregation: method, refresh_every,"
             " weighting, server_optimizer, server_learning_rate, server_momentum, server_beta1, server_beta2,"
-            " server_tau, max_norm, accept_drop, max_rejected, min_sites",
+            " server_tau, max_norm, accept_drop, max_rejected, average_last, min_sites",
         ),
     ],
 )  # fmt: skip
