@@ -341,6 +341,16 @@ def test_a_refresh_keeps_the_function_and_begins_a_new_pair(manifest_for: Manife
     assert np.abs(firsts[4]).max() <= 1 / np.sqrt(IN)
 
 
+@pytest.mark.parametrize(("rounds", "parts"), [(3, [1, 2, 2]), (4, [1, 2, 2, 2]), (5, [1, 2, 2, 3, 3])])
+def test_no_pair_is_begun_after_the_last_round(manifest_for: Manifests, rounds: int, parts: list[int]) -> None:
+    manifest = agreed(manifest_for, "ffa", {"rounds": rounds}, refresh_every=2)
+    rng, state, depths = seeded(13, "last"), adapter(seeded(0, "first")), []
+    for accepted in range(rounds):
+        state = aggregated(manifest, state, [trained(manifest, state, accepted, rng)], [1], accepted)
+        depths.append(depth(shapes_of(state), RANK))
+    assert depths == parts
+
+
 def test_a_new_pair_is_zero_and_the_same_for_everyone() -> None:
     before = adapter(seeded(10, "new"))
     after, again = begun_anew(before, RANK, 0), begun_anew(before, RANK, 0)
