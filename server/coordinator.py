@@ -99,6 +99,8 @@ class Coordinator:
         # Of what trains: an adapter of stacked pairs (`ffa`) is larger, and its newest pairs keep these shapes.
         self._shapes = {name: array.shape for name, array in newest(first, manifest.adapter.rank).items()}
         self._method = method_for(manifest, self._shapes)
+        if (sums is not None) != manifest.secure_sum.enabled:
+            raise RunError("secure_sum.enabled and the way that contributions are collected must agree")
         self._collection = sums or PlainCollection(
             manifest, sites=sites, channel=channel, collector=self._method.collector, report=report
         )

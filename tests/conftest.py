@@ -28,7 +28,10 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def manifest_for(encoder: Path, causal: Path) -> Callable[..., Manifest]:
-    """A valid manifest on a tiny base: `manifest_for("causal-lm", training={"rounds": 2})`."""
+    """A valid manifest on a tiny base: `manifest_for("causal-lm", training={"rounds": 2})`.
+
+    Its secure sum is off unless a test turns it on: most look at what one site sends.
+    """
 
     def make(kind: str = "text-classification", **tables: Any) -> Manifest:
         labels = {"text-classification": ["a", "b", "c"], "token-classification": ["Disease"], "causal-lm": []}[kind]
@@ -39,6 +42,7 @@ def manifest_for(encoder: Path, causal: Path) -> Callable[..., Manifest]:
             "model": {"base": str(causal if kind == "causal-lm" else encoder)},
             "data": {"max_length": 64},
             "training": {"precision": "fp32", "warmup_steps": 0},
+            "secure_sum": {"enabled": False},
         }
         for name, table in tables.items():
             values[name] = {**values.get(name, {}), **table} if isinstance(table, dict) else table

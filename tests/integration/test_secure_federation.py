@@ -9,10 +9,12 @@ from vaults import Federation, Manifests, agreed, folder
 
 from client.ledger import Ledger
 from common.config.manifest import Manifest
-from common.errors import PolicyRefused, RoundError
+from common.errors import PolicyRefused, RoundError, RunError
 from common.messages import Envelope, Evaluate, Project, RoundStart
 from common.progress import SiteFailed, SiteFinished, SumOpened
 from common.secure_sum.messages import Kind, Masked, Message, read
+from server.coordinator import Coordinator
+from server.run_store import RunStore
 from simulations.secure_sites import require_crowd
 
 pytestmark = [
@@ -186,11 +188,12 @@ def test_two_sites_are_no_crowd(manifest_for: Manifests) -> None:
             require_crowd(manifest, sites)
         return str(error.value)
 
-    assert "secure_sum.min_sites = 3 sites or more, found 2" in refused(manifest_for(), 2)
-    assert "= 5 sites or more, found 4" in refused(manifest_for(secure_sum={"min_sites": 5}), 4)
-    require_crowd(manifest_for(), 3)
+    assert "secure_sum.min_sites = 3 sites or more, found 2" in refused(manifest_for(secure_sum={"enabled": True}), 2)
+    assert "= 5 sites or more, found 4" in refused(manifest_for(secure_sum={"enabled": True, "min_sites": 5}), 4)
+    require_crowd(manifest_for(secure_sum={"enabled": True}), 3)
     require_crowd(manifest_for(secure_sum={"enabled": False}), 1)
-    require_crowd(manifest_for(secure_sum={"min_sites": 2, "unsafe_two_sites": True}), 2)
+    two = {"enabled": True, "min_sites": 2, "unsafe_two_sites": True}
+    require_crowd(manifest_for(secure_sum=two), 2)
 
 
 def test_two_sites_can_be_summed_where_they_want_it(tmp_path: Path, manifest_for: Manifests) -> None:
@@ -208,3 +211,17 @@ def test_requests_hold_the_sums_first_message_and_the_ranges(tmp_path: Path, man
     one, two = (start.ranges for start in starts if isinstance(start, RoundStart))
     assert one.keys() == two.keys() == it.first.keys()
     assert any(two[name] < one[name] for name in one)  # the first mean told how far values really go
+
+
+def test_a_coordinator_never_falls_back_to_seeing_single_sites(tmp_path: Path, manifest_for: Manifests) -> None:
+    it = Federation(tmp_path, agreed(manifest_for, "separate", 1))
+    with pytest.raises(RunError, match=r"secure_sum\.enabled and the way that contributions are collected must agree"):
+        Coordinator(
+            agreed(manifest_for, "separate", 1, secure_sum={"enabled": True}),
+            run_id="run",
+            sites=it.sites,
+            first=it.first,
+            channel=it,
+            store=RunStore(tmp_path / "other", lambda where, state: None),
+            report=it.events.append,
+        )

@@ -70,6 +70,8 @@ class Federation:
         held_out: bool = False,
         sites: Sequence[str] = SITES,
     ) -> None:
+        section = manifest.secure_sum.model_copy(update={"enabled": secure})
+        manifest = manifest.model_copy(update={"secure_sum": section})
         self.sites, self.held_out = tuple(sites), held_out
         self.manifest, self.folder, self.fails = manifest, folder, fails or (lambda site, request: False)
         self.events: list[Event] = []

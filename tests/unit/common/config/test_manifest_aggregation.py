@@ -115,5 +115,6 @@ def test_the_method_is_agreed(manifest_for: Manifests) -> None:
     plain = {"secure_sum": {"enabled": False}}
     methods = ("auto", "separate", "ffa", "a:b")
     digests: set[Any] = {manifest_for(aggregation={"method": m}, **plain).digest() for m in methods}
-    assert len(digests | {manifest_for().digest()}) == 5
-    assert json.loads(manifest_for().model_dump_json())["secure_sum"]["enabled"] is True
+    assert len(digests | {manifest_for(secure_sum={"enabled": True}).digest()}) == 5
+    assert json.loads(manifest_for().model_dump_json())["secure_sum"]["enabled"] is False
+    assert Manifest.model_fields["secure_sum"].get_default(call_default_factory=True).enabled  # where nothing is said
