@@ -28,7 +28,7 @@ def test_every_scenario_is_a_valid_manifest(path: Path) -> None:
 
 
 def test_there_are_the_five_scenarios() -> None:
-    assert {path.stem for path in SCENARIOS} == {"contracts", "cuad", "cuad_private", "ncbi", "medquad"}
+    assert {path.stem for path in SCENARIOS} == {"contracts", "cuad", "ncbi", "medquad"}
 
 
 def test_the_default_scenario_agrees_with_its_generator() -> None:
