@@ -25,9 +25,12 @@ def test_the_schema_of_summaries_is_up_to_date() -> None:
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 def test_every_scenario_is_a_valid_manifest(path: Path) -> None:
     assert load_manifest(path).simulation is not None
+    private = load_manifest(path, ["privacy.epsilon=8"])
+    assert private.privacy is not None
+    assert private.privacy.epsilon == 8
 
 
-def test_there_are_the_five_scenarios() -> None:
+def test_there_are_the_scenarios_of_the_readme() -> None:
     assert {path.stem for path in SCENARIOS} == {"contracts", "cuad", "ncbi", "medquad"}
 
 
