@@ -64,6 +64,7 @@ class Label(enum.StrEnum):
     SELF_MASK = "secsum/1 self mask"
     CHECKSUM_ODD = "secsum/1 checksum odd"
     CHECKSUM_ANY = "secsum/1 checksum any"
+    ROUNDING = "coadapt rounding/1"
 
 
 def _framed(label: Label, parts: tuple[bytes, ...]) -> Iterator[bytes]:
