@@ -154,12 +154,10 @@ class SecureCollection:
         )
         try:
             # 1. The request itself, with the sum's first message in it; then the sum's own messages, stage by stage.
-            out = {
-                self._names[site]: encode(
-                    Envelope(header=header.model_copy(update={"secure_sum": data.hex()}), tensors=tensors)
-                )
-                for site, data in attempt.start().items()
-            }
+            #    It is the same for all, and is encoded once: a hundred copies of an adapter would fill the memory.
+            (first,) = set(attempt.start().values())
+            whole = encode(Envelope(header=header.model_copy(update={"secure_sum": first.hex()}), tensors=tensors))
+            out = dict.fromkeys(names, whole)
             while True:
                 self._exchange(attempt, out, kind, failures, up, down)
                 if attempt.stage is Stage.REVEAL:

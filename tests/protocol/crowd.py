@@ -132,3 +132,8 @@ def changes(count: int, values: int, size: float, seed: int = 0) -> dict[str, Ma
         f"s{site}": Made({"w": seeded(seed, "change", site).uniform(-size, size, values).astype(np.float32)})
         for site in range(count)
     }
+
+
+def request_of(crowd: Crowd, site: str = "s0") -> Envelope:
+    """The last request with a sum's first message in it that a site was sent."""
+    return next(decode(data) for name, data in reversed(crowd.sent) if name == site and not data[0])

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crowd import Crowd, Manifests, changes
+from crowd import Crowd, Manifests, changes, request_of
 
 from client.secure_site import SecureSite
 from common.codec.packing import bits_for
@@ -49,11 +49,6 @@ def crowd_of(manifest: Manifest, count: int = 4, values: int = 40, size: float =
 
 def opened(crowd: Crowd) -> int:
     return len([event for event in crowd.events if isinstance(event, SumOpened)])
-
-
-def request_of(crowd: Crowd, site: str = "s0") -> Envelope:
-    """The last request with a sum's first message in it that a site was sent."""
-    return next(decode(data) for name, data in reversed(crowd.sent) if name == site and not data[0])
 
 
 def measured(crowd: Crowd, number: int, names: tuple[str, ...]) -> Collected:
