@@ -57,7 +57,7 @@ def verify(public: bytes, label: bytes, data: bytes, signature: bytes) -> None:
     """
     check = _verified if len(data) <= MOST_KEPT_BYTES else _verified.__wrapped__
     try:
-        check(public, label, data, signature)
+        check(public, label, bytes(data), bytes(signature))
     except (InvalidSignature, ValueError) as error:
         raise SignatureRefused("a signature does not verify") from error
 
