@@ -17,17 +17,19 @@ from common.codec.state import AdapterState, state_digest
 from common.codec.vector import DecodedSum, VectorSpec
 from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
-from common.errors import MessageError
+from common.errors import MessageError, VectorRefused
 from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, RoundDone, RoundStart
 from common.metrics import Counts, count_names
 from common.secure_sum.config import NO_DP, Agreed, Weights
 
-__all__ = ["Request", "agreed", "counts_in", "extras", "loss_in", "mean_in", "sum_number", "weighted"]
+__all__ = ["Request", "agreed", "counts_in", "extras", "loss_in", "mean_in", "measures", "sum_number", "weighted"]
 
 Request = RoundStart | Project | Evaluate
 Shapes = Mapping[str, tuple[int, ...]]
 
 _COUNT = "count/"
+# A weight is rounded to 2^-20 records, and its share of the most that counts to a float.
+_SLACK = 1e-6
 _KINDS = (RoundStart, Project, Evaluate)
 
 
@@ -93,15 +95,21 @@ def _by_records(manifest: Manifest) -> bool:
     return manifest.aggregation.weighting == "records"
 
 
+def measures(manifest: Manifest, request: Request) -> bool:
+    """Whether a request's sum carries counts of the adapter that comes with it."""
+    if manifest.privacy is not None or isinstance(request, Project):
+        return False
+    return isinstance(request, Evaluate) or request.evaluate
+
+
 def _extra_names(manifest: Manifest, header: Request) -> tuple[str, ...]:
     names = []
     if _by_records(manifest) and not isinstance(header, Evaluate):
         names.append("weight")
-    if manifest.privacy is None and not isinstance(header, Project):
-        if isinstance(header, RoundStart):
-            names += ["loss", "losses"]
-        if isinstance(header, Evaluate) or header.evaluate:
-            names += [_COUNT + name for name in count_names(manifest)]
+    if manifest.privacy is None and isinstance(header, RoundStart):
+        names += ["loss", "losses"]
+    if measures(manifest, header):
+        names += [_COUNT + name for name in count_names(manifest)]
     return tuple(sorted(names))
 
 
@@ -142,8 +150,20 @@ def extras(
 
 
 def mean_in(manifest: Manifest, decoded: DecodedSum, count: int) -> dict[str, npt.NDArray[np.float64]]:
-    """The weighted mean that the sum over `count` sites holds."""
-    total = decoded.extras["weight"] / manifest.secure_sum.most_records if _by_records(manifest) else count
+    """The weighted mean that the sum over `count` sites holds.
+
+    Raises:
+        VectorRefused: so many sites cannot weigh that much or that little together; one of them lied.
+    """
+    total: float = count
+    if _by_records(manifest):
+        weight, most = decoded.extras["weight"], manifest.secure_sum.most_records
+        if not count * (1 - _SLACK) <= weight <= count * most * (1 + _SLACK):
+            raise VectorRefused(
+                f"{count} sites weigh {weight:g} records together and must weigh {count} to {count * most};"
+                " the sum is thrown away"
+            )
+        total = weight / most
     return {name: array / total for name, array in decoded.state.items()}
 
 

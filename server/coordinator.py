@@ -128,9 +128,10 @@ class Coordinator:
         began = time.monotonic()
         # 1. Invite every site with the present adapter, and take in what they make of it.
         self._report(RoundStarted(round=number, sites=self._sites))
-        measure = (number - 1) % self._manifest.evaluation.every == 0
+        # An adapter that a rejected round left as it was has been measured, and sites measure none twice.
+        measure = (number - 1) % self._manifest.evaluation.every == 0 and not self.rounds[-1].counts
         start = RoundStart(**self._header(number), evaluate=measure and self._public is None, accepted=self.accepted)
-        if measure and self._public is not None and not self.rounds[-1].counts:
+        if measure and self._public is not None:
             self.rounds[-1].counts = {PUBLIC: self._public(self.adapter)}
         done = StoredRound(number)
         shapes = contribution_shapes(self._manifest, self._shapes, self.accepted)
@@ -190,8 +191,8 @@ class Coordinator:
                 self.accepted += 1
                 return None
         self._step.state = before
-        # The adapter is the one of the round before, and so are its figures, where they are the coordinator's own.
-        done.counts = {} if self._public is None else dict(self.rounds[-1].counts)
+        # The adapter is the one of the round before, and so are its figures.
+        done.counts = dict(self.rounds[-1].counts)
         self._report(
             RoundRejected(round=done.number, setting=rejected.setting, value=rejected.value, bound=rejected.bound)
         )
@@ -236,6 +237,8 @@ class Coordinator:
         if self._public is not None:
             last.counts = last.counts or {PUBLIC: self._public(self.adapter)}
             self._validated(last)
+            return
+        if last.counts:  # a rejected round's, which are known
             return
         last.counts |= self._collection.measured(Evaluate(**self._header(last.number)), self.adapter).counts
         self._validated(last)

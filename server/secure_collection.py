@@ -18,6 +18,7 @@ from common.roster import Roster
 from common.secure_sum.config import RoundConfig
 from common.secure_sum.coordinator import CoordinatorRound, Stage
 from common.summed import Request, agreed, counts_in, loss_in, mean_in, sum_number
+from server.aggregation.method import Mean
 from server.channel import Channel
 from server.collection import Collected, Shapes, SiteAnswer
 from server.ranges import Ranges
@@ -30,9 +31,10 @@ ALL_SITES = "all sites"
 
 @dataclass(frozen=True)
 class _Sum:
-    """An opened sum: its numbers, the sites in it, who failed with which word, and bytes by site."""
+    """An opened sum: its numbers, the mean in it, the sites in it, who failed with which word, and bytes by site."""
 
     decoded: DecodedSum
+    mean: Mean
     survivors: tuple[str, ...]
     failures: dict[str, str]
     up: dict[str, int]
@@ -71,7 +73,7 @@ class SecureCollection:
         start = start.model_copy(update={"ranges": self._ranges_of(shapes, start.round, len(self._numbers))})
         opened = self._sum(start, adapter, tuple(self._numbers), kind="train")
         done = self._collected(opened)
-        done.mean = mean_in(self._manifest, opened.decoded, len(opened.survivors))
+        done.mean = opened.mean
         self._ranges.saw(done.mean)
         counts = counts_in(opened.decoded)
         done.counts = {ALL_SITES: counts} if counts else {}
@@ -95,7 +97,7 @@ class SecureCollection:
         done.answers = [
             replace(answer, bytes_up=answer.bytes_up + earlier[answer.site].bytes_up) for answer in done.answers
         ]
-        done.mean = mean_in(self._manifest, opened.decoded, len(opened.survivors))
+        done.mean = opened.mean
         self._ranges.saw(done.mean)
         return done
 
@@ -131,8 +133,8 @@ class SecureCollection:
         """One attempt at a sum over the named sites.
 
         Raises:
-            RoundError: too few sites are left; nothing was opened.
-            ChecksumMismatch: what was opened is no sum of what the sites encoded; it is thrown away.
+            RoundError: too few sites are left, and nothing was opened; or what was opened is no sum of what sites can
+                have encoded, and it is thrown away.
         """
         request = Envelope(header=header, tensors=tensors)
         what = agreed(self._manifest, request, self._shapes, accepted=self._accepted, sites=len(names))
@@ -152,12 +154,10 @@ class SecureCollection:
         )
         try:
             # 1. The request itself, with the sum's first message in it; then the sum's own messages, stage by stage.
-            out = {
-                self._names[site]: encode(
-                    Envelope(header=header.model_copy(update={"secure_sum": data.hex()}), tensors=tensors)
-                )
-                for site, data in attempt.start().items()
-            }
+            #    It is the same for all, and is encoded once: a hundred copies of an adapter would fill the memory.
+            (first,) = set(attempt.start().values())
+            whole = encode(Envelope(header=header.model_copy(update={"secure_sum": first.hex()}), tensors=tensors))
+            out = dict.fromkeys(names, whole)
             while True:
                 self._exchange(attempt, out, kind, failures, up, down)
                 if attempt.stage is Stage.REVEAL:
@@ -165,13 +165,14 @@ class SecureCollection:
                 out = {self._names[site]: data for site, data in attempt.advance().items()}
             # 2. Open the sum, and see that it is one.
             opened = attempt.open_sum()
+            decoded = decode_words(opened.words, opened.count, what.spec, opened.context)
+            mean = {} if isinstance(header, Evaluate) else mean_in(self._manifest, decoded, opened.count)
         except SecureSumError as error:
             self._name_dropped(attempt, failures)
             raise RoundError(
                 f"round {header.round}: no secure sum over {len(names)} sites: {error}; rounds before it are stored."
                 f" Sites that failed: {', '.join(f'{name} ({code})' for name, code in failures.items()) or 'none'}"
             ) from error
-        decoded = decode_words(opened.words, opened.count, what.spec, opened.context)
         survivors = tuple(self._names[site] for site in opened.record.survivors)
         self._name_dropped(attempt, failures)
         for name, code in failures.items():
@@ -185,7 +186,7 @@ class SecureCollection:
                 transcript=opened.record.transcript.hex(),
             )
         )
-        return _Sum(decoded, survivors, {n: c for n, c in failures.items() if n not in survivors}, up, down)
+        return _Sum(decoded, mean, survivors, {n: c for n, c in failures.items() if n not in survivors}, up, down)
 
     def _name_dropped(self, attempt: CoordinatorRound, failures: dict[str, str]) -> None:
         """Add the sites that the protocol left out; a refusal in the site's own word counts as that word."""

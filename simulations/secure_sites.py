@@ -15,9 +15,10 @@ from common.identity import Identity
 from common.messages import Envelope, Evaluated, Refused, RoundDone, decode
 from common.metrics import Counts
 from common.progress import EventSink, SiteFinished
-from common.randomness import system_bytes
+from common.randomness import seeded, system_bytes
 from common.roster import FEDERATION_BYTES, Institution, Roster, SignedRoster, verify_roster
 from common.secure_sum.messages import VERSION
+from common.secure_sum.primitives import KEY_BYTES
 from common.secure_sum.site import Site
 from common.secure_sum.state import SiteMemory
 from server.channel import Channel, Reply
@@ -74,10 +75,20 @@ def found_consortium(manifest: Manifest, names: Sequence[str]) -> Consortium:
     verified = verify_roster(signed, own_key=coordinator.public, pinned=roster.digest(), unsafe_two_sites=two)
     policy = sum_policy(manifest)
     sites = {
-        name: SecureSite(Site(key, verified, policy), _Memory(roster.federation), manifest)
-        for name, key in keys.items()
+        name: SecureSite(
+            Site(key, verified, policy), _Memory(roster.federation), manifest, rounding=_rounding(manifest, number)
+        )
+        for number, (name, key) in enumerate(keys.items())
     }
     return Consortium(coordinator, verified, sites)
+
+
+def _rounding(manifest: Manifest, site: int) -> bytes | None:
+    """A simulated site's rounding key. It follows from the seed, so that a simulation can be repeated; in the field
+    nobody but the site may know it. With privacy there is none, unless the noise itself is repeatable."""
+    private = manifest.privacy
+    seed = manifest.training.seed if private is None else private.unsafe_seed
+    return None if seed is None else seeded(seed, "rounding", site).bytes(KEY_BYTES)
 
 
 def require_crowd(manifest: Manifest, sites: int) -> None:
@@ -102,7 +113,7 @@ class SecureSites:
     """
 
     def __init__(self, inner: Channel, sites: Mapping[str, SecureSite], report: EventSink) -> None:
-        self._inner, self._sites, self._report = inner, sites, report
+        self._inner, self.sites, self._report = inner, dict(sites), report
         self._asked: dict[str, bytes] = {}
         self._kind = ""
         self.seen: dict[int, dict[str, RoundDone]] = {}
@@ -127,12 +138,11 @@ class SecureSites:
         """See `Channel`."""
         due: dict[str, bytes] = {}
         for name, data in requests.items():
+            if data[:1] != bytes([VERSION]):
+                yield self._begun(name, data, kind)
+                continue
             try:
-                if data[0] != VERSION:
-                    self._asked[name], self._kind = data, kind
-                    answer: bytes | None = self._sites[name].start(decode(data))
-                else:
-                    answer = self._sites[name].receive(data)
+                answer = self.sites[name].receive(data)
             except CoadaptError as error:
                 yield self._refused(name, len(data), error)
                 continue
@@ -143,8 +153,16 @@ class SecureSites:
         for reply in self._inner.exchange(due, kind=self._kind):
             yield self._masked(reply, len(requests[reply.site]))
 
+    def _begun(self, name: str, data: bytes, kind: str) -> Reply:
+        try:
+            answer = self.sites[name].start(decode(data))
+        except CoadaptError as error:  # no attempt has begun, so there is nothing to sign in its name
+            return Reply(name, None, error.code, 0, len(data))
+        self._asked[name], self._kind = data, kind
+        return Reply(name, None, "", len(answer), len(data), answer)
+
     def _masked(self, reply: Reply, bytes_down: int) -> Reply:
-        site, envelope = self._sites[reply.site], reply.envelope
+        site, envelope = self.sites[reply.site], reply.envelope
         try:
             if envelope is None or isinstance(envelope.header, Refused):
                 raise _Declined(reply.code or (envelope.header.code if envelope else MessageError.code))  # type: ignore[union-attr]
@@ -156,7 +174,7 @@ class SecureSites:
 
     def _refused(self, name: str, bytes_down: int, error: CoadaptError) -> Reply:
         try:
-            answer = self._sites[name].refuse(error)
+            answer = self.sites[name].refuse(error)
         except SecureSumError:  # no attempt has begun, so there is nothing to sign in its name
             return Reply(name, None, error.code, 0, bytes_down)
         return Reply(name, None, "", len(answer), bytes_down, answer)

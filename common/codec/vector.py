@@ -153,7 +153,7 @@ def decode_words(words: Words, count: int, spec: VectorSpec, context: bytes) -> 
     """What the sum of `count` sites' vectors says.
 
     Raises:
-        VectorRefused: it has another length, or more sites than the lanes can hold.
+        VectorRefused: it has another length, more sites than the lanes can hold, or a level too high for the sites.
         ChecksumMismatch: it is no sum of vectors encoded under this context.
     """
     if words.shape != (spec.words,):
@@ -165,6 +165,9 @@ def decode_words(words: Words, count: int, spec: VectorSpec, context: bytes) -> 
         raise ChecksumMismatch("the opened sum does not have the checksum of its sites; it is thrown away")
     packed = spec.body_words - len(spec.extras)
     levels = spec.lanes.unpack(body[:packed], spec.layout.size)
+    most = count * (2**spec.bits - 1)
+    if levels.size and int(levels.max()) > most:
+        raise VectorRefused(f"a sum has levels above {most}, which {count} sites cannot have sent; it is thrown away")
     values = np.empty(spec.layout.size)
     for (_, _, place), limit in zip(spec.layout.places(), spec.ranges, strict=True):
         values[place] = decode_sum(levels[place], limit, spec.bits, count)

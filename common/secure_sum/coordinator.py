@@ -56,7 +56,7 @@ from common.secure_sum.messages import (
     read,
 )
 from common.secure_sum.opening import open_secret
-from common.secure_sum.primitives import new_private_key, public_key, shared_secret
+from common.secure_sum.primitives import loaded, new_private_key, public_key, shared_secret
 
 __all__ = ["CoordinatorRound", "Opened", "Stage", "SumRecord"]
 
@@ -254,7 +254,7 @@ class CoordinatorRound:
         for lost in sorted(self._answers[Stage.SHARES].keys() - self._vector_hashes.keys()):
             around = [site for site in self._neighbours[lost] if site in self._vector_hashes]
             if around:
-                private = self._secret(lost, Revealed.KEY, keys[lost])
+                private = loaded(self._secret(lost, Revealed.KEY, keys[lost]))
                 for site in around:
                     key = derivations.pair_mask_key(private, keys[site].masking_key, self._keys_hash, site, lost)
                     masks.append((key, -1 if site < lost else 1))

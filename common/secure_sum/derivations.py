@@ -8,7 +8,7 @@ key.
 
 from collections.abc import Mapping, Sequence
 
-from common.secure_sum.primitives import Label, derive, digest, shared_secret
+from common.secure_sum.primitives import Label, PrivateKey, derive, digest, shared_secret
 
 __all__ = [
     "SHARE_NONCE",
@@ -56,7 +56,7 @@ def seed_commitment(context: bytes, site: int, seed: bytes) -> bytes:
     return digest(Label.SEED_COMMITMENT, context, _id(site), seed)
 
 
-def share_key(private: bytes, public: bytes, keys_hash: bytes, *, sender: int, receiver: int) -> bytes:
+def share_key(private: bytes | PrivateKey, public: bytes, keys_hash: bytes, *, sender: int, receiver: int) -> bytes:
     """Key under which `sender` seals its shares for `receiver`; each direction has its own."""
     return derive(shared_secret(private, public), Label.SHARE_KEY, keys_hash, _id(sender), _id(receiver))
 
@@ -66,7 +66,7 @@ def share_context(context: bytes, *, sender: int, receiver: int) -> bytes:
     return context + _id(sender) + _id(receiver)
 
 
-def pair_mask_key(private: bytes, public: bytes, keys_hash: bytes, one: int, other: int) -> bytes:
+def pair_mask_key(private: bytes | PrivateKey, public: bytes, keys_hash: bytes, one: int, other: int) -> bytes:
     """Key of the mask between two sites, which one adds and the other takes away."""
     low, high = sorted((one, other))
     return derive(shared_secret(private, public), Label.PAIR_MASK, keys_hash, _id(low), _id(high))

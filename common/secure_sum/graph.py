@@ -28,7 +28,7 @@ from common.errors import PolicyRefused, SurvivorsRefused
 from common.secure_sum.primitives import Label, digest
 from common.secure_sum.thresholds import threshold
 
-__all__ = ["COMPLETE", "MOST_COMPLETE", "Degree", "Ring", "choose_degree", "draw_ring", "neighbours"]
+__all__ = ["COMPLETE", "MOST_COMPLETE", "Degree", "Ring", "around", "choose_degree", "draw_ring", "neighbours"]
 
 MOST_COMPLETE = 128
 COMPLETE = 0
@@ -139,3 +139,10 @@ def neighbours(keys_hash: bytes, sites: Sequence[int], degree: Degree) -> dict[i
         return {site: tuple(other for other in sites if other != site) for site in sites}
     ring = draw_ring(keys_hash, sites, degree)
     return {site: ring.around(site) for site in ring.order}
+
+
+def around(keys_hash: bytes, sites: Sequence[int], degree: Degree, site: int) -> tuple[int, ...]:
+    """The neighbours of one site alone, sorted."""
+    if degree.neighbours == COMPLETE:
+        return tuple(other for other in sites if other != site)
+    return draw_ring(keys_hash, sites, degree).around(site)

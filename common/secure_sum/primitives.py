@@ -25,15 +25,19 @@ __all__ = [
     "TAG_BYTES",
     "Keystream",
     "Label",
+    "PrivateKey",
     "derive",
     "digest",
     "hkdf_sha256",
+    "loaded",
     "new_private_key",
     "public_key",
     "seal",
     "shared_secret",
     "unseal",
 ]
+
+PrivateKey = X25519PrivateKey
 
 KEY_BYTES = 32
 HASH_BYTES = 32
@@ -64,6 +68,7 @@ class Label(enum.StrEnum):
     SELF_MASK = "secsum/1 self mask"
     CHECKSUM_ODD = "secsum/1 checksum odd"
     CHECKSUM_ANY = "secsum/1 checksum any"
+    ROUNDING = "coadapt rounding/1"
 
 
 def _framed(label: Label, parts: tuple[bytes, ...]) -> Iterator[bytes]:
@@ -101,14 +106,20 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def shared_secret(private: bytes, public: bytes) -> bytes:
+def loaded(private: bytes) -> PrivateKey:
+    """A private key for many shared secrets; loading it takes as long as one of them."""
+    return X25519PrivateKey.from_private_bytes(private)
+
+
+def shared_secret(private: bytes | PrivateKey, public: bytes) -> bytes:
     """X25519 (RFC 7748, section 6.1), 32 bytes.
 
     Raises:
         KeyRefused: the public key has low order, so that the shared secret would be zero.
     """
     try:
-        shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        key = loaded(private) if isinstance(private, bytes) else private
+        shared = key.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise KeyRefused("a one-time key gives no shared secret; the site that sent it is left out") from error
     if not any(shared):

@@ -58,7 +58,7 @@ from common.secure_sum.messages import (
     encode,
     read,
 )
-from common.secure_sum.primitives import KEY_BYTES, Label, digest, new_private_key, public_key, seal, unseal
+from common.secure_sum.primitives import KEY_BYTES, Label, digest, loaded, new_private_key, public_key, seal, unseal
 from common.secure_sum.shamir import PRIME, SHARE_BYTES, split
 from common.secure_sum.state import MemoryStore, PeerKeys, Phase, SiteMemory, SiteState
 
@@ -219,22 +219,21 @@ def _take_keys(site: Site, state: SiteState, body: KeyList) -> tuple[SiteState, 
         raise KeyRefused("the list of keys holds a key twice")
     site.require_crowd(len(keys), state.config.least_survivors)
     keys_hash = derivations.hash_keys(state.context, body.advertised)
-    around = graph.neighbours(keys_hash, sites, state.config.degree)[state.site]
+    around = graph.around(keys_hash, sites, state.config.degree, state.site)
     holders = sorted({*around, state.site})
     seeds = split(state.seed, holders, state.config.share_threshold)
     masks = split(state.masking_key, holders, state.config.share_threshold)
     sealed, mask_keys = {}, []
+    sealing_key, masking_key = loaded(state.sealing_key), loaded(state.masking_key)
     for peer in keys:
         if peer.site in around:
             mask_keys.append(
                 (
                     peer.site,
-                    derivations.pair_mask_key(state.masking_key, peer.masking, keys_hash, state.site, peer.site),
+                    derivations.pair_mask_key(masking_key, peer.masking, keys_hash, state.site, peer.site),
                 )
             )
-            key = derivations.share_key(
-                state.sealing_key, peer.sealing, keys_hash, sender=state.site, receiver=peer.site
-            )
+            key = derivations.share_key(sealing_key, peer.sealing, keys_hash, sender=state.site, receiver=peer.site)
             context = derivations.share_context(state.context, sender=state.site, receiver=peer.site)
             sealed[peer.site] = seal(key, derivations.SHARE_NONCE, seeds[peer.site] + masks[peer.site], context)
     after = replace(
@@ -271,10 +270,9 @@ def _take_shares(site: Site, state: SiteState, body: ShareForward) -> tuple[Site
     if set(body.sealed) != set(state.neighbours) & set(body.peers):
         raise ShareRefused("the shares are not those of this site's neighbours")
     shares = list(state.shares)
+    sealing_key = loaded(state.sealing_key)
     for peer, sealed in body.sealed.items():
-        key = derivations.share_key(
-            state.sealing_key, known[peer].sealing, state.keys_hash, sender=peer, receiver=state.site
-        )
+        key = derivations.share_key(sealing_key, known[peer].sealing, state.keys_hash, sender=peer, receiver=state.site)
         context = derivations.share_context(state.context, sender=peer, receiver=state.site)
         try:
             both = unseal(key, derivations.SHARE_NONCE, sealed, context)

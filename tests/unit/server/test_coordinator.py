@@ -404,3 +404,16 @@ def test_the_last_round_is_the_mean_of_the_last_adapters(tmp_path: Path, manifes
     measured = [request for kind, _, request in averaged.sites.requests if kind == "evaluate"]
     assert all(np.array_equal(request.tensors["a"], averaged.coordinator.adapter["a"]) for request in measured)
     assert measured
+
+
+def test_an_adapter_that_a_rejected_round_left_is_not_measured_again(world: Callable[..., World]) -> None:
+    """Counts of one adapter from two crowds would tell those of the site by which they differ."""
+    it = world(rounds=3, aggregation={"max_norm": 1e-9, "max_rejected": 4})
+    it.coordinator.run()
+    asked = [request.header for _, _, request in it.sites.requests]
+    assert [header.evaluate for header in asked if isinstance(header, RoundStart)] == [True] * 3 + [False] * 6
+    assert not [header for header in asked if isinstance(header, Evaluate)]
+    counts = [done.counts for done in it.coordinator.rounds]
+    assert counts[0].keys() == PULL.keys()
+    assert all(each == counts[0] for each in counts)
+    assert len({header.adapter_sha256 for header in asked}) == 1

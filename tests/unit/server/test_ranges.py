@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.bounds import LEAST
 from common.config.manifest import Manifest
 from common.contribution import contribution, contribution_shapes, projection, projection_shapes
 from common.factors import scale
 from common.randomness import seeded
 from common.schedule import most_moved
-from server.ranges import LEAST, ROOM, Ranges
+from server.ranges import ROOM, Ranges
 
 A, B, HEAD = "x.lora_A.weight", "x.lora_B.weight", "head.weight"
 SHAPES = {A: (2, 7), B: (5, 2), HEAD: (3, 4)}
