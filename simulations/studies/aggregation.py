@@ -58,8 +58,8 @@ PLAIN: Tables = {
     },
     "aggregation": {"server_learning_rate": 1.2, "server_momentum": 0.6},
 }
-# As cuad.toml with privacy as far as 330 clauses a firm allow it: the head first, one large step a round, steps that are
-# proportional to the noised gradient (9,216 examples).
+# As cuad.toml with privacy, in so far as 330 clauses a firm allow it: the head first, one large step a round, steps in
+# proportion to the noised gradient (9,216 examples).
 PRIVATE: Tables = {
     "training": {
         "rounds": 16,
