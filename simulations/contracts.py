@@ -24,7 +24,7 @@ FIRMS = tuple(firm.name for firm in phrases.FIRMS)
 
 SPLITS = ("train", "dev", "test")
 # Contracts of each firm in the balanced splits; training has `Firm.contracts`. A contract has 8 clauses on average.
-HELD_OUT_CONTRACTS = {"dev": 4, "test": 10}
+HELD_OUT_CONTRACTS = {"dev": 4, "test": 7}
 FEWEST_CLAUSES, MOST_CLAUSES = 6, 10
 FEWEST_WORDS, MOST_WORDS = 15, 42
 

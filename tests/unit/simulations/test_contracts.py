@@ -82,7 +82,7 @@ def test_a_contract_belongs_to_one_firm_and_holds_six_to_ten_clauses() -> None:
         assert set(clauses.values()) <= set(range(6, 11))
 
 
-@pytest.mark.parametrize(("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 430, 530)])
+@pytest.mark.parametrize(("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 300, 380)])
 def test_splits_have_their_sizes(split: str, low: int, high: int) -> None:
     assert low <= len(split_of(split)) <= high
 
