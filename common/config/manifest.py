@@ -364,6 +364,11 @@ class AggregationSection(Section):
                 "method must be another than 'sketch' with server_momentum, adam or yogi: what they remember is as"
                 " large as the layers, which a sketch is there to avoid; take 'dense', or leave them out"
             )
+        if self.server_optimizer != "momentum" and self.server_learning_rate >= 1:
+            raise ValueError(
+                f"server_learning_rate must be below 1 with server_optimizer {self.server_optimizer!r}, which moves every"
+                f" value by about as much; 0.01 is usual; found {self.server_learning_rate:g}"
+            )
         return self
 
 

@@ -81,6 +81,11 @@ def problems(tmp_path: Path, text: str) -> list[str]:
             " found 0.5",
         ),
         (
+            "[aggregation]\nserver_optimizer = 'yogi'",
+            "6: aggregation.server_learning_rate must be below 1 with server_optimizer 'yogi', which moves every value by"
+            " about as much; 0.01 is usual; found 1",
+        ),
+        (
             "[aggregation]\nmethod = 'sketch'\nserver_optimizer = 'adam'",
             "7: aggregation.method must be another than 'sketch' with server_momentum, adam or yogi: what they"
             " remember is as large as the layers, which a sketch is there to avoid; take 'dense', or leave them out",
@@ -103,7 +108,7 @@ def test_impossible_pairs_are_refused_with_reason_and_alternatives(tmp_path: Pat
         "[aggregation]\nmethod = 'my.own:median'\n[secure_sum]\nenabled = false",
         "[secure_sum]\nenabled = true",
         "[aggregation]\naccept_drop = 0.1\n[evaluation]\npublic = 'public.jsonl'",
-        "[aggregation]\nmethod = 'dense'\nserver_optimizer = 'adam'",
+        "[aggregation]\nmethod = 'dense'\nserver_optimizer = 'adam'\nserver_learning_rate = 0.01",
         "[adapter]\nmethod = 'lora+prompt'\n[aggregation]\nmethod = 'sketch'",
     ],
 )
