@@ -366,8 +366,8 @@ class AggregationSection(Section):
             )
         if self.server_optimizer != "momentum" and self.server_learning_rate >= 1:
             raise ValueError(
-                f"server_learning_rate must be below 1 with server_optimizer {self.server_optimizer!r}, which moves every"
-                f" value by about as much; 0.01 is usual; found {self.server_learning_rate:g}"
+                f"server_learning_rate must be below 1 with server_optimizer {self.server_optimizer!r}, which moves all"
+                f" values by about as much; 0.01 is usual; found {self.server_learning_rate:g}"
             )
         return self
 

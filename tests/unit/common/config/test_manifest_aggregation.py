@@ -82,7 +82,7 @@ def problems(tmp_path: Path, text: str) -> list[str]:
         ),
         (
             "[aggregation]\nserver_optimizer = 'yogi'",
-            "6: aggregation.server_learning_rate must be below 1 with server_optimizer 'yogi', which moves every value by"
+            "6: aggregation.server_learning_rate must be below 1 with server_optimizer 'yogi', which moves all values by"
             " about as much; 0.01 is usual; found 1",
         ),
         (
