@@ -82,8 +82,8 @@ def problems(tmp_path: Path, text: str) -> list[str]:
         ),
         (
             "[aggregation]\nserver_optimizer = 'yogi'",
-            "6: aggregation.server_learning_rate must be below 1 with server_optimizer 'yogi', which moves all values by"
-            " about as much; 0.01 is usual; found 1",
+            "6: aggregation.server_learning_rate must be below 1 with server_optimizer 'yogi', which moves all values"
+            " by about as much; 0.01 is usual; found 1",
         ),
         (
             "[aggregation]\nmethod = 'sketch'\nserver_optimizer = 'adam'",
