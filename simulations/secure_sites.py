@@ -183,7 +183,7 @@ class SecureSites:
         header = envelope.header
         if isinstance(header, RoundDone):
             self.seen.setdefault(header.round, {})[reply.site] = header
-            self.counts.setdefault(header.round - 1, {})[reply.site] = header.counts
+            self._measured(header.round - 1, reply.site, header.counts)
             self._report(
                 SiteFinished(
                     round=header.round,
@@ -196,7 +196,11 @@ class SecureSites:
                 )
             )
         elif isinstance(header, Evaluated):
-            self.counts.setdefault(header.round, {})[reply.site] = header.counts
+            self._measured(header.round, reply.site, header.counts)
+
+    def _measured(self, number: int, site: str, counts: Counts) -> None:
+        if counts:  # else it measured nothing, and what the coordinator measured on public records stands
+            self.counts.setdefault(number, {})[site] = counts
 
 
 class _Declined(CoadaptError):

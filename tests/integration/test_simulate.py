@@ -494,7 +494,7 @@ def test_a_four_bit_base_is_tuned_privately_on_a_cpu(new_world: Callable[[], Wor
         adapter={"method": "qlora"},
         data={"max_length": 64},
         privacy={"epsilon": 8.0, "delta": 1e-3},
-        simulation={"sites": ["one", "two"], "partitioner": "iid"},
+        simulation={"sites": ["one", "two", "three"], "partitioner": "iid"},
     )
     ended = wait_for(world.start("simulate", "federation.toml", "--run-id", "four"), world.folder / "runs" / "four")
     assert (ended.rc, ended.err) == (0, "")
