@@ -21,6 +21,7 @@ from common.secure_sum.messages import VERSION
 from common.secure_sum.primitives import KEY_BYTES
 from common.secure_sum.site import Site
 from common.secure_sum.state import SiteMemory
+from common.secure_sum.thresholds import threshold
 from server.channel import Channel, Reply
 from server.coordinator import SiteAnswer, StoredRound
 
@@ -97,8 +98,13 @@ def require_crowd(manifest: Manifest, sites: int) -> None:
     Raises:
         PolicyRefused: it is.
     """
-    least = manifest.secure_sum.min_sites
-    if manifest.secure_sum.enabled and sites < least:
+    section = manifest.secure_sum
+    if not section.enabled:
+        return
+    least = section.min_sites
+    if sites >= least:
+        threshold(sites, section.max_colluding)
+    else:
         raise PolicyRefused(
             f"a secure sum needs secure_sum.min_sites = {least} sites or more, found {sites}: among fewer the sum tells"
             " too much about each; let more join, or set secure_sum.enabled = false, with which the coordinator sees"

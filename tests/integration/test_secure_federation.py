@@ -190,6 +190,9 @@ def test_two_sites_are_no_crowd(manifest_for: Manifests) -> None:
 
     assert "secure_sum.min_sites = 3 sites or more, found 2" in refused(manifest_for(secure_sum={"enabled": True}), 2)
     assert "= 5 sites or more, found 4" in refused(manifest_for(secure_sum={"enabled": True, "min_sites": 5}), 4)
+    many = {"enabled": True, "max_colluding": 5}
+    assert "6 sites of which 5 may collude: at least two must not" in refused(manifest_for(secure_sum=many), 6)
+    require_crowd(manifest_for(secure_sum=many), 7)
     require_crowd(manifest_for(secure_sum={"enabled": True}), 3)
     require_crowd(manifest_for(secure_sum={"enabled": False}), 1)
     two = {"enabled": True, "min_sites": 2, "unsafe_two_sites": True}
