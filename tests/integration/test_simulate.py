@@ -35,7 +35,7 @@ from simulations.summary import RunSummary
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SECRET = "Zanzibar"  # stands in every record, and must be in nothing that a run leaves
-LONGEST_RUN = 150  # seconds; about 20 on an idle machine
+LONGEST_RUN = 400  # seconds; about 20 on an idle machine, many times that beside other heavy work
 
 
 @dataclass(frozen=True)
