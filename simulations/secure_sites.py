@@ -170,8 +170,10 @@ class SecureSites:
     def _masked(self, reply: Reply, bytes_down: int) -> Reply:
         site, envelope = self.sites[reply.site], reply.envelope
         try:
-            if envelope is None or isinstance(envelope.header, Refused):
-                raise _Declined(reply.code or (envelope.header.code if envelope else MessageError.code))  # type: ignore[union-attr]
+            if envelope is None:
+                raise _Declined(reply.code or MessageError.code)
+            if isinstance(envelope.header, Refused):
+                raise _Declined(envelope.header.code)
             answer = site.give(envelope)
         except CoadaptError as error:
             return self._refused(reply.site, bytes_down, error)

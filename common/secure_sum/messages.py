@@ -8,6 +8,7 @@ ascending order of site, each site once. There is one encoding of a message, and
 are those of the roster; the coordinator is 65535.
 """
 
+import abc
 import enum
 import struct
 from collections.abc import Callable, Mapping
@@ -91,19 +92,19 @@ class Kind(enum.IntEnum):
     COMPLAINT = 13
 
 
-class Body:
+class Body(abc.ABC):
     """What stands between header and signature."""
 
     kind: ClassVar[Kind]
 
+    @abc.abstractmethod
     def encode(self) -> bytes:
         """The canonical bytes."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def parse(cls, reader: Reader) -> Self:
         """From a reader; MalformedMessage if it does not fit."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Label(enum.StrEnum):
     ROUNDING = "coadapt rounding/1"
 
 
-def _framed(label: Label, parts: tuple[bytes, ...]) -> Iterator[bytes]:
+def _framed(label: Label, parts: tuple[bytes | memoryview, ...]) -> Iterator[bytes | memoryview]:
     """Label and parts, each after its length in 8 bytes: two different inputs never give the same bytes."""
     for part in (label.value.encode(), *parts):
         yield len(part).to_bytes(8, "little")
@@ -81,7 +81,7 @@ def _framed(label: Label, parts: tuple[bytes, ...]) -> Iterator[bytes]:
 def digest(label: Label, *parts: bytes | memoryview) -> bytes:
     """SHA-256 over the label and the parts, 32 bytes."""
     state = hashlib.sha256()
-    for piece in _framed(label, parts):  # type: ignore[arg-type]
+    for piece in _framed(label, parts):
         state.update(piece)
     return state.digest()
 
