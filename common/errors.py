@@ -10,6 +10,11 @@
     ├── PrivacyError         a privacy setting breaks a rule, or a check of the private training failed
     │   └── BudgetError      a round would cost more than the population's cap leaves
     ├── LedgerError          the ledger cannot be opened, written or trusted
+    │   └── SnapshotRefused  the ledger is older than what others have seen of it: a restored copy
+    ├── PolicyBreach         what is asked exceeds the site's policy
+    ├── EnrolmentError       a paper of enrolment is missing, not its owner's, or does not fit
+    ├── AppRefused           an app bundle that the site did not admit, or a Flower that the launcher does not know
+    ├── ServiceError         a process of Coadapt cannot be started, reached or stopped
     ├── MessageError         an envelope is malformed, of another version or out of turn
     ├── RoundError           too few sites answered to finish a round
     ├── RunError             a run cannot start or a run's files cannot be used
@@ -40,10 +45,12 @@ import re
 
 __all__ = [
     "AdapterError",
+    "AppRefused",
     "BudgetError",
     "ChecksumMismatch",
     "CoadaptError",
     "DataError",
+    "EnrolmentError",
     "ExtensionError",
     "KeyRefused",
     "LedgerError",
@@ -54,6 +61,7 @@ __all__ = [
     "NotFiniteLoss",
     "NotFiniteValue",
     "OutOfTurn",
+    "PolicyBreach",
     "PolicyRefused",
     "PrivacyError",
     "ReplayRefused",
@@ -62,8 +70,10 @@ __all__ = [
     "RoundError",
     "RunError",
     "SecureSumError",
+    "ServiceError",
     "ShareRefused",
     "SignatureRefused",
+    "SnapshotRefused",
     "SurvivorsRefused",
     "TooFewSites",
     "TrainingError",
@@ -135,6 +145,36 @@ class LedgerError(CoadaptError):
     """The ledger of privacy spent cannot be opened, written or trusted; nothing is trained without it."""
 
     code = "ledger"
+
+
+class SnapshotRefused(LedgerError):
+    """The ledger is older than what others have seen of it: a restored copy would spend its budget twice."""
+
+    code = "snapshot"
+
+
+class PolicyBreach(CoadaptError):
+    """What is asked exceeds the site's policy. Its text holds settings and numbers alone, so it may leave the site."""
+
+    code = "policy"
+
+
+class EnrolmentError(CoadaptError):
+    """A paper of enrolment is missing, not its owner's, or does not fit the federation."""
+
+    code = "enrolment"
+
+
+class AppRefused(CoadaptError):
+    """An app bundle that the site did not admit, or a Flower whose functions the launcher was not written for."""
+
+    code = "app"
+
+
+class ServiceError(CoadaptError):
+    """A process of Coadapt cannot be started, reached or stopped."""
+
+    code = "service"
 
 
 class MessageError(CoadaptError):

@@ -21,7 +21,14 @@ ROOMS = set(MAY_IMPORT)
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
-MAY_IMPORT_FLOWER = {"common/flower.py", "simulations/engine.py"}
+MAY_IMPORT_FLOWER = {
+    "common/flower.py",
+    "common/app_bundle.py",
+    "client/launcher.py",
+    "client/node.py",
+    "server/superlink.py",
+    "simulations/engine.py",
+}
 MAY_DRAW_TORCH_NUMBERS = {"common/randomness.py", "simulations/benchmarks/plain_flower.py"}
 
 # What must start and run where torch is not wanted: a manifest's reader, envelopes, and the relay beside the vault.
@@ -40,6 +47,11 @@ WITHOUT_TORCH = (
     "common.codec.vector",
     "common.identity",
     "common.roster",
+    "common.frames",
+    "common.enrolment",
+    "common.app_bundle",
+    "client.home",
+    "server.home",
     "common.secure_sum.site",
     "common.secure_sum.coordinator",
     "common.schedule",
