@@ -16,7 +16,7 @@ from common.config.manifest import Columns, FileName, Manifest, Name, Section
 from common.errors import PrivacyError
 from common.secure_sum.config import SumPolicy
 
-__all__ = ["CrowdPolicy", "DataPolicy", "PopulationPolicy", "SitePolicy", "load_policy"]
+__all__ = ["CrowdPolicy", "DataPolicy", "PopulationPolicy", "SitePolicy", "TrainingPolicy", "load_policy"]
 
 
 class DataPolicy(Section):
@@ -53,6 +53,17 @@ class CrowdPolicy(Section):
     )
 
 
+class TrainingPolicy(Section):
+    """How this site trains, where that is its own choice."""
+
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="adapter rank that this site trains, where it is smaller than the manifest's (aggregation 'sketch',"
+        " 'dense')",
+    )
+
+
 class SitePolicy(Section):
     """A whole `site.toml`."""
 
@@ -62,6 +73,7 @@ class SitePolicy(Section):
     data: DataPolicy
     population: PopulationPolicy
     secure_sum: CrowdPolicy = Field(default_factory=CrowdPolicy)
+    training: TrainingPolicy = Field(default_factory=TrainingPolicy)
 
     def sum_policy(self, manifest: Manifest) -> SumPolicy:
         """What the site insists on in a secure sum: the stricter of its own rules and the manifest's."""

@@ -14,13 +14,13 @@ from client.state import SiteState
 from client.training.loop import train
 from client.training.preflight import check_gradients, check_moved, check_randomness
 from client.training.private import train_private
-from common.adapters import get_state, set_state, train_only
+from common.adapters import get_state, train_only
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.contribution import contribution, phase_of, products, projection, projection_shapes, trained_names
 from common.errors import MessageError
 from common.evaluation import measure
-from common.factors import newest, scale
+from common.factors import scale
 from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, RoundDone, RoundStart
 from common.metrics import Counts
 from common.randomness import seed_dropout
@@ -69,7 +69,7 @@ def train_round(
     if protection is not None:
         return _train_privately(envelope, start, manifest, site, resident, state, protection)
     # 2. Measure the adapter as it arrived, on records that are never trained on.
-    set_state(resident.model, envelope.tensors)
+    resident.take(envelope.tensors)
     counts = _counts(manifest, site, resident) if start.evaluate else {}
     train_only(resident.model, trained_names(envelope.tensors, phase_of(manifest, start.accepted)))
     # 3. Train the agreed number of steps, going on in the site's records where the last round ended.
@@ -86,7 +86,7 @@ def train_round(
         precision=resident.precision,
     )
     # 4. Reply with the contribution alone.
-    after = get_state(resident.model)
+    after = resident.made_of(envelope.tensors)
     header = RoundDone(
         **start.spoken_of(),
         records=len(site.train),
@@ -116,10 +116,11 @@ def _train_privately(
     # 2. The cost is on the disk before training begins, whatever happens then.
     protection.charge(start.run_id, start.round, site.units)
     # 3. Train the agreed number of noised steps; before the first ones what the guarantee rests on is checked.
-    set_state(resident.model, envelope.tensors)
+    resident.take(envelope.tensors)
     phase = phase_of(manifest, start.accepted)
     trained = trained_names(envelope.tensors, phase)
     train_only(resident.model, trained)
+    before = get_state(resident.model)
     units = list(site.units.values())
     randomness = protection.randomness(site.name, start.run_id, start.round)
     if not state.checked & phase:  # what trains is new
@@ -139,9 +140,8 @@ def _train_privately(
         precision=resident.precision,
     )
     # 4. Reply with the change, and beside it with public numbers alone.
-    after = get_state(resident.model)
-    before = newest(envelope.tensors, manifest.adapter.rank)
-    check_moved({name: before[name] for name in trained}, after)
+    after = resident.made_of(envelope.tensors)
+    check_moved({name: before[name] for name in trained}, get_state(resident.model))
     header = RoundDone(
         **start.spoken_of(),
         records=protection.units,
@@ -182,7 +182,7 @@ def project(envelope: Envelope, request: Project, manifest: Manifest, state: Sit
 def evaluate(envelope: Envelope, request: Evaluate, manifest: Manifest, site: SiteData, resident: Resident) -> Envelope:
     """Answer an Evaluate with counts on the site's held-out records; with privacy they stay at the site."""
     _check_adapter(envelope, request.adapter_sha256)
-    set_state(resident.model, envelope.tensors)
+    resident.take(envelope.tensors)
     return Envelope(header=Evaluated(**request.spoken_of(), counts=_counts(manifest, site, resident)))
 
 

@@ -26,7 +26,8 @@ class Vault:
 
     `train` and `held_out` are files of records; the second may be missing. Errors are written to `log`, which stays
     at the site; what leaves is a fixed word. A manifest with privacy needs the `population` that the records belong to
-    and the `ledger` that is charged.
+    and the `ledger` that is charged. `rank` is the adapter rank that this site trains, where it is smaller than the
+    manifest's.
 
     Raises:
         CoadaptError: of its tree the one that fits; without budget for a round no record is read.
@@ -43,17 +44,19 @@ class Vault:
         columns: Columns | None = None,
         population: Population | None = None,
         ledger: Ledger | None = None,
+        rank: int | None = None,
     ) -> None:
         self._manifest = manifest
         self._digest = manifest.digest()
         self._log = log
+        self._rank = rank
         self._protection: Protection | None = None
         if manifest.privacy is not None:
             if population is None or ledger is None:
                 raise PrivacyError("the manifest asks for privacy: a site needs a population and a ledger to give it")
             self._protection = Protection(manifest, population, ledger)
             self._protection.require()
-        self._site = read_site(name, manifest, train=train, held_out=held_out, columns=columns)
+        self._site = read_site(name, manifest, train=train, held_out=held_out, columns=columns, rank=rank)
 
     @classmethod
     def of(cls, policy: SitePolicy, manifest: Manifest, *, log: Path) -> Self:
@@ -74,6 +77,7 @@ class Vault:
             columns=policy.data.columns,
             population=policy.account() if private else None,
             ledger=Ledger(Path(policy.ledger)) if private else None,
+            rank=policy.training.rank,
         )
 
     def answer(self, data: bytes, state: SiteState) -> tuple[bytes, SiteState]:
@@ -103,7 +107,7 @@ class Vault:
         header = request.header
         if header.manifest_sha256 != self._digest:
             raise MessageError("the coordinator speaks of another manifest than the one this site agreed to")
-        model = resident(self._manifest)
+        model = resident(self._manifest, self._rank)
         if isinstance(header, RoundStart):
             return train_round(request, header, self._manifest, self._site, model, state, self._protection)
         if isinstance(header, Project):
@@ -114,7 +118,13 @@ class Vault:
 
 
 def read_site(
-    name: str, manifest: Manifest, *, train: Path, held_out: Path | None, columns: Columns | None = None
+    name: str,
+    manifest: Manifest,
+    *,
+    train: Path,
+    held_out: Path | None,
+    columns: Columns | None = None,
+    rank: int | None = None,
 ) -> SiteData:
     """A site's files as examples, with privacy also by unit; `columns` names the files' columns where they differ.
 
@@ -126,7 +136,7 @@ def read_site(
         data = manifest.data if columns is None else manifest.data.model_copy(update={"columns": columns})
         return read_records(path, task=manifest.task, data=data, need_unit=manifest.need_unit)[0]
 
-    task = resident(manifest).task
+    task = resident(manifest, rank).task
     records = read(train)
     examples = task.encode(records).examples
     held_out_examples = task.encode(read(held_out)).examples if held_out else []

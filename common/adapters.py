@@ -66,11 +66,11 @@ def get_state(model: nn.Module) -> AdapterState:
     }
 
 
-def set_state(model: nn.Module, state: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def set_state(model: nn.Module, state: Mapping[str, npt.NDArray[np.float32]], *, any_rank: bool = False) -> None:
     """Put an adapter and head into the model, which keeps its base.
 
-    Low-rank pairs may be stacks, of a rank that is a multiple of the model's: their newest part goes into the model's
-    own pairs, which train, and the rest computes beside them.
+    Low-rank pairs may be stacks, of a rank that is a multiple of the model's (with `any_rank`, any larger one): their
+    newest part goes into the model's own pairs, which train, and the rest computes beside them.
 
     Raises:
         AdapterError: a tensor is missing, unknown or of another shape.
@@ -81,6 +81,8 @@ def set_state(model: nn.Module, state: Mapping[str, npt.NDArray[np.float32]]) ->
     under: AdapterState = {}
     with contextlib.suppress(AdapterError):  # where these are no stacks, what is wrong is said below
         if rank and expected.keys() == state.keys():
+            if not any_rank:
+                depth({name: array.shape for name, array in state.items()}, rank)
             under = below(state, rank)
             state = newest(state, rank)
     found = {name: tuple(array.shape) for name, array in state.items()}

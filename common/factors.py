@@ -17,7 +17,7 @@ from common.codec.state import AdapterState
 from common.config.manifest import AdapterSection
 from common.errors import AdapterError
 
-__all__ = ["Pair", "below", "depth", "factor_of", "is_head", "newest", "pairs_of", "scale", "stacked"]
+__all__ = ["Pair", "below", "depth", "factor_of", "is_head", "newest", "pairs_of", "scale", "stacked", "turned"]
 
 _HEAD = re.compile(r"(^|\.)(head|classifier|score)\.")
 _FACTOR = re.compile(r"(?<=\.lora_)[AB](?=\.(?:default\.)?weight$)")
@@ -87,9 +87,22 @@ def newest(state: Mapping[str, npt.NDArray[np.float32]], rank: int) -> AdapterSt
     }
 
 
+def turned(state: Mapping[str, npt.NDArray[np.float32]], first: int) -> AdapterState:
+    """The state with the first `first` columns of every B and rows of every A moved to the end, where a stack's newest
+    part is; B A stays what it was. A site of smaller rank trains those, and leaves the others as they are."""
+    return {
+        name: np.roll(array, -first, axis=0)
+        if (factor := factor_of(name)) == "A"
+        else np.roll(array, -first, axis=1)
+        if factor
+        else array
+        for name, array in state.items()
+    }
+
+
 def below(state: Mapping[str, npt.NDArray[np.float32]], rank: int) -> AdapterState:
     """The pairs under the newest ones, as one pair a layer; empty where nothing lies under them."""
-    if depth({name: array.shape for name, array in state.items()}, rank) == 1:
+    if all(len(array) <= rank for name, array in state.items() if factor_of(name) == "A"):
         return {}
     parts = {}
     for name, array in state.items():

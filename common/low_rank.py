@@ -5,9 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import AdapterError
-
-__all__ = ["factors_of", "of_smaller_rank"]
+__all__ = ["factors_of"]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -20,7 +18,8 @@ def factors_of(
     `left` is [m, n] and `right` [n, k]; without `right`, `left` is the product [m, k] itself. With the singular value
     decomposition U S V^T of the product, A is the first rows of V^T, each of length 1 / sqrt(3), and B takes the rest:
     that is the length at which A starts (`first_state`), so both factors go on learning at the rate they began with,
-    and a direction that B does not use yet is not lost. Rows and columns beyond the product's own sides are zero.
+    and a direction that B does not use yet is not lost. Columns and rows come by falling singular value, so that the
+    first n are the best pair of rank n. Rows and columns beyond the product's own sides are zero.
     """
     if right is None:
         u, s, vt = np.linalg.svd(left, full_matrices=False)
@@ -36,18 +35,3 @@ def factors_of(
     b[:, :kept] = u[:, :kept] * (s[:kept] / (factor * length))
     a[:kept] = vt[:kept] * length
     return b, a
-
-
-def of_smaller_rank(
-    b: npt.NDArray[np.float32], a: npt.NDArray[np.float32], rank: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """B and A of the same rank and product, whose first `rank` columns and rows are the best pair of that rank.
-
-    A site that can train a smaller rank trains those and sends the product with the others, which it leaves alone.
-
-    Raises:
-        AdapterError: the pair's own rank is smaller.
-    """
-    if not 1 <= rank <= len(a):
-        raise AdapterError(f"a smaller rank must be from 1 to {len(a)}, found {rank}")
-    return factors_of(b.astype(np.float64), a.astype(np.float64), len(a), 1.0)

@@ -95,7 +95,7 @@ def _vault(site: str, folder: str, log: str, ledger: str) -> Vault:
     home = Path(folder)
     held_out = home / "held_out.jsonl"
     manifest = _manifest(home.parent)
-    population = home / "population.json"
+    population, rank = home / "population.json", home / "rank"
     return Vault(
         site,
         manifest,
@@ -104,4 +104,5 @@ def _vault(site: str, folder: str, log: str, ledger: str) -> Vault:
         log=Path(log),
         population=Population(**json.loads(population.read_bytes())) if population.exists() else None,
         ledger=Ledger(Path(ledger), simulated=True) if population.exists() else None,
+        rank=int(rank.read_text(encoding="ascii")) if rank.exists() else None,
     )

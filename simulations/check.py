@@ -122,7 +122,8 @@ def _aggregation(manifest: Manifest, state: AdapterState) -> str:
     facts = method_for(manifest, {name: array.shape for name, array in state.items()}).facts
     auto = " (auto)" if manifest.aggregation.method == "auto" else ""
     needs = "each site's own change" if facts.needs == "individual" else f"{facts.sums} sum{'s' * (facts.sums > 1)}"
-    ranks = "may differ" if facts.mixed_ranks else "must be equal"
+    own = manifest.simulation.ranks if manifest.simulation else ()
+    ranks = ", ".join(map(str, own)) if own else "may differ" if facts.mixed_ranks else "must be equal"
     return f"{facts.name}{auto}; needs {needs}; exact: {facts.exact}; ranks {ranks}"
 
 

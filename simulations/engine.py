@@ -310,7 +310,11 @@ class Run:
             manifest=manifest,
             data=data,
             resident=model,
-            plan=plan_workers(simulation.workers, sites=len(data.train), base_bytes=base_bytes),
+            plan=plan_workers(
+                simulation.workers,
+                sites=len(data.train),
+                base_bytes=base_bytes * max(1, len({*simulation.ranks, manifest.adapter.rank})),
+            ),
             first=first,
             truncated=truncated,
             baselines=simulation.baselines if baselines is None else baselines,

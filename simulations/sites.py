@@ -154,7 +154,7 @@ def lay_out(folder: Path, manifest: Manifest, data: FederationData) -> dict[str,
     """Write the manifest and a folder for each site, the pooled one too; return the sites' folders by name.
 
     `<folder>/federation.json`, `<folder>/test.jsonl`, `<folder>/<number>/train.jsonl` and `held_out.jsonl`; with
-    privacy also `population.json`.
+    privacy also `population.json`, and `rank` where the site's is its own.
     """
     columns = manifest.data.columns
     write_text(folder / "federation.json", manifest.model_dump_json())
@@ -170,6 +170,9 @@ def lay_out(folder: Path, manifest: Manifest, data: FederationData) -> dict[str,
             write_records(folders[site] / "held_out.jsonl", held_out, columns)
     for site, population in populations(manifest, data).items():
         write_text(folders[site] / "population.json", json.dumps(asdict(population)))
+    ranks = manifest.simulation.ranks if manifest.simulation else ()
+    for site, rank in zip(data.train, ranks, strict=False):  # no ranks: every site has the manifest's
+        write_text(folders[site] / "rank", str(rank))
     return folders
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT_REVISION",
     "DEFAULT_WEIGHTS_SHA256",
     "METRICS",
+    "MIXED_RANKS",
     "PAIRED",
     "AdapterMethod",
     "AdapterSection",
@@ -49,6 +50,9 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 # Adapter methods whose tensors are pairs B, A with the update scale x B A. DoRA has pairs too, but divides by a norm of
 # base and update together, so that its function is not linear in their product.
 PAIRED = ("lora", "qlora", "rslora", "lora+prompt")
+
+# Methods of aggregation that average products, so that a site may train pairs of a smaller rank.
+MIXED_RANKS = ("sketch", "dense")
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
@@ -450,6 +454,11 @@ class SimulationSection(Section):
     )
     test_fraction: Fraction = Field(0.1, description="share of units kept for testing where no test file is given")
     max_records: int | None = Field(None, ge=1, description="use only the first units up to so many training records")
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="adapter ranks of the sites in their order, at most adapter.rank, with aggregation.method 'sketch'"
+        " or 'dense'; empty: all train adapter.rank",
+    )
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="processes that train sites at the same time; auto: one per core, as memory allows"
     )
@@ -469,6 +478,8 @@ class SimulationSection(Section):
         count = self.sites if isinstance(self.sites, int) else len(self.sites)
         if count < 1:
             raise ValueError(f"sites must be at least 1, found {count}")
+        if self.ranks and len(self.ranks) != count:
+            raise ValueError(f"ranks must be one for each of the {count} sites, found {len(self.ranks)}")
         if not isinstance(self.sites, int) and len(set(self.sites)) != count:
             raise ValueError("sites must have different names")
         known = ("natural", "iid", "dirichlet", "quantity")
@@ -552,6 +563,12 @@ class Manifest(Section):
             raise ValueError(
                 f"aggregation.method must be 'auto', 'separate' or 'module:function' with adapter.method {adapter!r},"
                 f" found {method!r}: it averages products of low-rank pairs; such pairs have {', '.join(PAIRED)}"
+            )
+        ranks = self.simulation.ranks if self.simulation else ()
+        if ranks and (self.aggregation_method not in MIXED_RANKS or max(ranks) > self.adapter.rank):
+            raise ValueError(
+                f"simulation.ranks must be at most adapter.rank = {self.adapter.rank}, with aggregation.method"
+                f" {' or '.join(map(repr, MIXED_RANKS))}, found {list(ranks)} with {self.aggregation_method!r}"
             )
         if ":" in method and self.secure_sum.enabled:
             raise ValueError(

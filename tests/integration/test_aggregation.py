@@ -14,9 +14,9 @@ from client.state import SiteState
 from common.adapters import load_adapter
 from common.codec.state import state_digest
 from common.contribution import contribution_shapes, projection_shapes
-from common.errors import RoundError
+from common.errors import AdapterError, RoundError
 from common.evaluation import measure
-from common.factors import depth, newest
+from common.factors import depth, newest, pairs_of, scale
 from common.messages import Envelope, Project, RoundStart, decode, encode
 from common.models import find_base, load_task_model
 from common.progress import RoundRejected, SiteFailed
@@ -161,3 +161,36 @@ def test_an_aggregation_of_ones_own_takes_part_by_import_path(tmp_path: Path, ma
     for name, array in final.items():
         wanted = it.first[name] + np.median([change[name] for change in changes], axis=0)
         np.testing.assert_allclose(array, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_a_site_trains_its_own_smaller_rank(tmp_path: Path, manifest_for: Manifests, private: bool) -> None:
+    tables = {"privacy": {"epsilon": 100.0, "delta": 1e-3, "clip": 1.0}} if private else {}
+    it = Federation(tmp_path, agreed(manifest_for, "dense", **tables), ranks={"south": 1}, secure=True)
+    final = it.coordinator.run()
+    assert it.logs() == ""
+    assert {name: array.shape for name, array in final.items()} == {n: a.shape for n, a in it.first.items()}
+    if not private:
+        assert it.loss(final) < 0.8 * it.loss(it.first)
+    # Round 1 starts with B = 0, so what a site sends of a pair is the product that it has trained.
+    sent = {site: answer.tensors for site, _, answer in it.sent[: len(SITES)]}
+    for name in (name for name in sent["south"] if ".lora_BA" in name):
+        ranks = {site: np.linalg.matrix_rank(tensors[name], rtol=1e-4) for site, tensors in sent.items()}
+        assert ranks == {"north": RANK, "south": 1, "west": RANK}
+    # Later the rest of the common pair stays as it is: what the site sends has the rank of its change.
+    sites = [site for site, _, _ in it.sent]
+    for site, request, answer in it.sent[sites.index("south", len(SITES)) :][:1]:
+        start = {name: np.asarray(array, float) for name, array in request.tensors.items()}
+        for pair in pairs_of(start):
+            rest = scale(it.manifest.adapter) * start[pair.b][:, 1:] @ start[pair.a][1:]
+            whole = answer.tensors[pair.name("BA")] + scale(it.manifest.adapter) * start[pair.b] @ start[pair.a]
+            values = np.linalg.svd(whole - rest, compute_uv=False)
+            assert site == "south"
+            assert values[1] < 1e-3 * values[0]
+
+
+def test_a_smaller_rank_is_refused_where_it_cannot_be(tmp_path: Path, manifest_for: Manifests) -> None:
+    with pytest.raises(AdapterError, match=r"rank 1.*'separate'"):
+        Federation(folder(tmp_path, "method"), agreed(manifest_for, "separate"), ranks={"south": 1})
+    with pytest.raises(AdapterError, match=r"rank 3, the manifest's adapter.rank is 2"):
+        Federation(folder(tmp_path, "rank"), agreed(manifest_for, "sketch"), ranks={"south": 3})

@@ -58,7 +58,8 @@ class Overheard:
 
 class Federation:
     """Vaults behind a channel that carries bytes; `fails` says which requests get no answer. With `secure` the sites
-    send through secure sums; the coordinator then sees what `masked` holds and nothing else."""
+    send through secure sums; the coordinator then sees what `masked` holds and nothing else. `ranks` are those of sites
+    that train a smaller one than the manifest's."""
 
     def __init__(
         self,
@@ -69,7 +70,9 @@ class Federation:
         secure: bool = False,
         held_out: bool = False,
         sites: Sequence[str] = SITES,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
+        self.ranks = dict(ranks or {})
         section = manifest.secure_sum.model_copy(update={"enabled": secure})
         manifest = manifest.model_copy(update={"secure_sum": section})
         self.sites, self.held_out = tuple(sites), held_out
@@ -118,6 +121,7 @@ class Federation:
             log=self.folder / f"{site}.log",
             population=Population(site, 24, 1000.0, 1e-3) if private else None,
             ledger=Ledger(self.folder / f"{site}.ledger") if private else None,
+            rank=self.ranks.get(site),
         )
 
     def _held_out(self, site: str) -> Path | None:

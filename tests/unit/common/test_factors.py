@@ -4,7 +4,7 @@ import pytest
 from common.codec.state import AdapterState
 from common.config.manifest import AdapterSection
 from common.errors import AdapterError
-from common.factors import below, depth, factor_of, is_head, newest, pairs_of, scale, stacked
+from common.factors import below, depth, factor_of, is_head, newest, pairs_of, scale, stacked, turned
 from common.randomness import seeded
 
 # PEFT's own name, the place in a model with a prompt before it, and what belongs to no pair.
@@ -84,3 +84,16 @@ def test_stacks_of_unlike_depth_are_refused(change: dict[str, tuple[int, ...]]) 
 
 def test_without_pairs_there_is_one_part() -> None:
     assert depth({"head.weight": (3, 4)}, 8) == 1
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_turning_moves_the_first_part_to_the_end_and_keeps_the_product(first: int) -> None:
+    state = adapter(3)
+    there = turned(state, first)
+    np.testing.assert_array_equal(newest(there, first)["x.lora_A.weight"], state["x.lora_A.weight"][:first])
+    np.testing.assert_array_equal(newest(there, first)["x.lora_B.weight"], state["x.lora_B.weight"][:, :first])
+    np.testing.assert_array_equal(there["head.bias"], state["head.bias"])
+    product, same = (each["x.lora_B.weight"] @ each["x.lora_A.weight"] for each in (state, there))
+    np.testing.assert_allclose(same, product, rtol=1e-5, atol=1e-6)
+    back = stacked(below(there, first), newest(there, first))
+    assert all(np.array_equal(back[name], there[name]) for name in there)

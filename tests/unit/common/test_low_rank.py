@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import AdapterError
-from common.low_rank import factors_of, of_smaller_rank
+from common.low_rank import factors_of
 from common.randomness import seeded
 
 
@@ -40,13 +39,11 @@ def test_a_keeps_the_length_that_it_starts_with_also_where_b_is_zero() -> None:
     assert np.linalg.norm(drawn, axis=1).mean() == pytest.approx(1 / math.sqrt(3), rel=0.01)
 
 
-def test_a_smaller_rank_comes_first_and_the_rest_makes_up_the_product() -> None:
+def test_the_first_columns_and_rows_are_the_best_pair_of_a_smaller_rank() -> None:
     rng = seeded(1, "smaller")
-    b, a = rng.standard_normal((6, 4)).astype(np.float32), rng.standard_normal((4, 5)).astype(np.float32)
-    new_b, new_a = of_smaller_rank(b, a, 2)
-    np.testing.assert_allclose(new_b @ new_a, b @ a, atol=1e-5)
-    u, s, vt = np.linalg.svd(b.astype(float) @ a)
-    np.testing.assert_allclose(new_b[:, :2] @ new_a[:2], (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5)
-    for wrong in (0, 5):
-        with pytest.raises(AdapterError, match="from 1 to 4"):
-            of_smaller_rank(b, a, wrong)
+    product = rng.standard_normal((6, 4)) @ rng.standard_normal((4, 5))
+    b, a = factors_of(product, None, 4, 0.5)
+    u, s, vt = np.linalg.svd(product)
+    for rank in (1, 2, 3):
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        np.testing.assert_allclose(0.5 * b[:, :rank] @ a[:rank], best, atol=1e-5)

@@ -22,7 +22,7 @@ from common.contribution import (
 )
 from common.errors import AdapterError
 from common.factors import depth, newest, pairs_of, scale
-from common.low_rank import factors_of, of_smaller_rank
+from common.low_rank import factors_of
 from common.randomness import seeded
 from server.aggregation.dense import MOST_VALUES
 from server.aggregation.ffa import begun_anew
@@ -240,7 +240,7 @@ def test_a_site_of_smaller_rank_takes_part(manifest_for: Manifests, method: str)
     sites = [trained(manifest, before, 0, rng) for _ in range(2)]
     small = dict(before)
     for pair in pairs_of(before):
-        b, a = of_smaller_rank(before[pair.b], before[pair.a], 1)
+        b, a = before[pair.b].copy(), before[pair.a].copy()
         b[:, :1] += 0.3 * rng.standard_normal((len(b), 1)).astype(np.float32)
         a[:1] += 0.3 * rng.standard_normal((1, a.shape[1])).astype(np.float32)
         small[pair.b], small[pair.a] = b, a

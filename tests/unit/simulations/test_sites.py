@@ -378,6 +378,37 @@ def test_a_vault_serves_what_was_laid_out(tmp_path: Path, manifest_for: MakeMani
     assert not (tmp_path / "log").exists()
 
 
+def test_a_simulated_site_trains_the_rank_that_the_manifest_gives_it(
+    tmp_path: Path, manifest_for: MakeManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    from client.resident import resident
+    from client.state import SiteState
+    from common.adapters import first_state
+    from simulations import app
+
+    manifest = manifest_for(
+        simulation={"sites": 2, "train": "train.jsonl", "ranks": [2, 1]},
+        training={"rounds": 1, "local_steps": 4, "batch_size": 8},
+        adapter={"rank": 2},
+        aggregation={"method": "dense"},
+    )
+    write(tmp_path / "train.jsonl", rows(24))
+    (tmp_path / "sites").mkdir()
+    folders = lay_out(tmp_path / "sites", manifest, read_federation(manifest, [tmp_path]))
+    assert not (folders[POOLED] / "rank").exists()
+    monkeypatch.setattr(app, "_manifest", lambda root: manifest)
+    adapter = first_state(resident(manifest).model, 0)
+    common = {"manifest_sha256": manifest.digest(), "run_id": "x", "adapter_sha256": state_digest(adapter)}
+    start = Envelope(header=RoundStart(**common, round=1, evaluate=False, accepted=0), tensors=adapter)
+    for site, rank in zip(list(folders)[:-1], [2, 1], strict=True):
+        vault = app._vault.__wrapped__(site, str(folders[site]), str(tmp_path / "log"), "")
+        reply, _ = vault.answer(encode(start), SiteState())
+        sent = [array for name, array in decode(reply).tensors.items() if ".lora_BA" in name]
+        assert {int(np.linalg.matrix_rank(array, rtol=1e-4)) for array in sent} == {rank}
+
+
 def test_labels_are_counted() -> None:
     assert label_counts(RECORDS_OF["text-classification"] * 2) == {"a": 2, "b": 2}
     tags = ("B-Drug", "I-Drug", "B-Drug", "O", "I-Dose")  # an entity each time one begins

@@ -123,3 +123,23 @@ def test_the_method_is_agreed(manifest_for: Manifests) -> None:
     assert len(digests | {manifest_for(secure_sum={"enabled": True}).digest()}) == 5
     assert json.loads(manifest_for().model_dump_json())["secure_sum"]["enabled"] is False
     assert Manifest.model_fields["secure_sum"].get_default(call_default_factory=True).enabled  # where nothing is said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "method", "problem"),
+    [
+        ([4, 2], "separate", "simulation.ranks must be at most adapter.rank = 4, with aggregation.method"),
+        ([4, 8], "sketch", r"found \[4, 8\]"),
+        ([4], "dense", "ranks must be one for each of the 2 sites, found 1"),
+        ([4, 0], "dense", "ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    manifest_for: Callable[..., Manifest], ranks: list[int], method: str, problem: str
+) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        manifest_for(
+            adapter={"rank": 4},
+            aggregation={"method": method},
+            simulation={"sites": 2, "train": "x.jsonl", "ranks": ranks},
+        )
