@@ -1,0 +1,303 @@
+"""The channel of the field: sites are asked by signed orders over Flower, again and again until they have answered.
+
+No Flower message stays open while a site works: a node handles one message at a time and cannot be stopped. A site that
+is not done says so at once and is polled. Whatever is lost on the way is sent again, which is harmless, since a vault
+answers one payload once and gives the same answer again. What is too late is cancelled and named.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.durable import write_text
+from common.errors import CoadaptError, MessageError, RunError, SignatureRefused, WrongContext
+from common.flower import Grid, Message, pack, unpack
+from common.frames import Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
+from common.identity import Identity
+from common.messages import decode
+from common.roster import Roster
+from common.secure_sum.messages import VERSION
+from server.channel import Interrupted, Reply
+
+__all__ = ["FieldChannel", "Heads"]
+
+# What a Flower message of ours is called; the relay registers this one handler.
+MESSAGE_TYPE = "query.order"
+
+# A lost message is sent again after so long: a node that is killed is noticed by Flower within 60 seconds.
+LOST_SECONDS = 90.0
+# How long is waited after a failure on the way before the same is sent again.
+AGAIN_SECONDS = 3.0
+# How often Flower is asked for replies, which costs a request on loopback.
+LOOK_SECONDS = 0.1
+# How often the list of nodes is fetched while a site is missing.
+NODES_SECONDS = 2.0
+
+# Refusals after which the payload is worth sending again: the vault does not know what it is polled about.
+_FORGOTTEN = "unknown_order"
+# Failures on the way, told by the relay: its vault is not there yet.
+_ON_THE_WAY = ("service",)
+
+
+class Heads:
+    """The newest end of each site's ledger, durably: JSON by site name. A vault that comes back with an older one stops."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            written = json.loads(path.read_bytes()) if path.exists() else {}
+            self._heads = {name: LedgerHead(**head) for name, head in written.items()}
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({type(error).__name__}); restore it from a backup") from error
+
+    def of(self, site: str) -> LedgerHead | None:
+        """The newest that was told."""
+        return self._heads.get(site)
+
+    def saw(self, site: str, head: LedgerHead | None) -> None:
+        """Remember it if it is newer."""
+        known = self._heads.get(site)
+        if head is None or (known is not None and head.number <= known.number):
+            return
+        self._heads[site] = head
+        write_text(self._path, json.dumps({name: each.model_dump() for name, each in self._heads.items()}) + "\n")
+
+
+@dataclass
+class _Asked:
+    """One site in one exchange."""
+
+    site: str
+    payload: bytes
+    kind: str
+    about: str
+    polling: bool = False
+    message: str = ""  # Flower's id of the message that is out
+    sequence: int = 0
+    sent_at: float = 0.0
+    next_at: float = 0.0
+    trouble: str = ""  # the last failure on the way, which is the reason if the time runs out
+    code: str = ""
+    reason: str = ""
+    progress: float = field(default=0.0)
+
+
+class FieldChannel:
+    """Sites by name over a Flower Grid. Raises what the grid raises where the SuperLink is gone.
+
+    `phase_seconds` is how long a site may take for one answer, `absent_seconds` how long one is waited for that has no
+    node. `told` is called with (site, code, reason) of every refusal.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        identity: Identity,
+        roster: Roster,
+        manifest_sha256: str,
+        run_id: str,
+        heads: Heads,
+        stop: threading.Event,
+        phase_seconds: float,
+        poll_seconds: float,
+        absent_seconds: float = 120.0,
+    ) -> None:
+        self._grid, self._identity, self._roster = grid, identity, roster
+        self._manifest_sha256, self._run_id = manifest_sha256, run_id
+        self._heads, self._stop = heads, stop
+        self._phase, self._poll, self._absent = phase_seconds, poll_seconds, absent_seconds
+        self._numbers = {entry.name: entry.site for entry in roster.institutions}
+        self._names = {number: name for name, number in self._numbers.items()}
+        self._nodes: dict[str, int] = {}
+        self._greeted: dict[str, tuple[int, float]] = {}  # Flower's message id: node, when
+        self._online: set[int] = set()
+        self._looked_at = 0.0
+        self._sequence = 0
+        self.reasons: dict[str, str] = {}
+        self.progress: dict[str, float] = {}
+
+    def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
+        """See `Channel`. `kind` is not needed: an order says itself what it is.
+
+        Raises:
+            Interrupted: the person asked to stop.
+        """
+        began = time.monotonic()
+        asked = {
+            site: _Asked(site, data, "message" if data[:1] == bytes([VERSION]) else "request", payload_digest(data))
+            for site, data in requests.items()
+        }
+        while asked:
+            if self._stop.is_set():
+                raise Interrupted
+            now = time.monotonic()
+            self._find_nodes(asked, now)
+            self._send_due(asked, now)
+            for each, outcome in self._taken_in(asked, now):
+                del asked[each.site]
+                yield outcome
+            for each in list(asked.values()):
+                absent = each.site not in self._nodes and now - began > min(self._absent, self._phase)
+                if absent or now - began > self._phase:
+                    del asked[each.site]
+                    if not absent:
+                        self._send(each, "cancel", b"", now)
+                    yield Reply(each.site, None, "absent" if absent else each.trouble or "timeout", 0, len(each.payload))
+            if asked:
+                self._stop.wait(LOOK_SECONDS)
+
+    def _find_nodes(self, asked: Mapping[str, _Asked], now: float) -> None:
+        """Greet nodes that are not known yet; the signed answer says which site one is."""
+        if now - self._looked_at < NODES_SECONDS:
+            return
+        self._looked_at = now
+        self._online = set(self._grid.get_node_ids())
+        known = {node for node in self._nodes.values() if node in self._online}
+        self._nodes = {site: node for site, node in self._nodes.items() if node in known}
+        for message, (_, when) in list(self._greeted.items()):
+            if now - when > LOST_SECONDS:
+                del self._greeted[message]
+        missing = [site for site in asked if site not in self._nodes]
+        greeted = {node for node, _ in self._greeted.values()}
+        for node in sorted(self._online - known - greeted) if missing else ():
+            frame = seal_frame(self._identity, self._order("hello", missing[0], ""))
+            for message in self._grid.push_messages([Message(pack(frame), node, MESSAGE_TYPE)]):
+                if message:
+                    self._greeted[str(message)] = (node, now)
+
+    def _send_due(self, asked: Mapping[str, _Asked], now: float) -> None:
+        for each in asked.values():
+            if each.message and now - each.sent_at > LOST_SECONDS:
+                each.message, each.trouble = "", "lost"
+            if not each.message and now >= each.next_at and each.site in self._nodes:
+                if each.polling:
+                    self._send(each, "poll", b"", now)
+                else:
+                    self._send(each, each.kind, each.payload, now)
+
+    def _send(self, each: _Asked, kind: str, payload: bytes, now: float) -> None:
+        node = self._nodes.get(each.site)
+        if node is None:
+            return
+        order = self._order(kind, each.site, each.about if kind in ("poll", "cancel") else "")
+        frame = seal_frame(self._identity, order, payload)
+        (message,) = self._grid.push_messages([Message(pack(frame), node, MESSAGE_TYPE)]) or (None,)
+        each.message, each.sequence, each.sent_at = str(message or ""), order.sequence, now
+        if not each.message:
+            each.next_at = now + AGAIN_SECONDS
+
+    def _order(self, kind: str, site: str, about: str) -> Order:
+        # The clock, so that a coordinator that comes back does not begin below what sites have seen.
+        self._sequence = max(self._sequence + 1, time.time_ns())
+        return Order(
+            federation=self._roster.federation.hex(),
+            epoch=self._roster.epoch,
+            manifest_sha256=self._manifest_sha256,
+            run_id=self._run_id,
+            site=self._numbers[site],
+            kind=kind,  # type: ignore[arg-type]  # one of the literals
+            sequence=self._sequence,
+            about=about,
+            seen=self._heads.of(site),
+        )
+
+    def _taken_in(self, asked: Mapping[str, _Asked], now: float) -> Iterator[tuple[_Asked, Reply]]:
+        """Replies that have come; what ends a site's part of the exchange is yielded."""
+        by_message = {each.message: each for each in asked.values() if each.message}
+        wanted = [*by_message, *self._greeted]
+        for message in self._grid.pull_messages(wanted) if wanted else ():
+            about = str(message.metadata.reply_to_message_id)
+            if about in self._greeted:
+                self._met(message, self._greeted.pop(about)[0])
+            elif about in by_message:
+                each = by_message[about]
+                each.message = ""
+                if (outcome := self._outcome(each, message, now)) is not None:
+                    yield each, outcome
+
+    def _met(self, message: Message, node: int) -> None:
+        """Learn which site a node is: whoever signs the answer with its key. A refusal is an answer too."""
+        with contextlib.suppress(CoadaptError):
+            answer, _ = self._opened(message)
+            self._nodes[self._names[answer.site]] = node
+            self._heads.saw(self._names[answer.site], answer.ledger)
+
+    def _outcome(self, each: _Asked, message: Message, now: float) -> Reply | None:
+        """What a reply means: the end for this site, or something to do again."""
+        size = len(each.payload)
+        if (trouble := _trouble(message)) is not None:
+            each.trouble, each.next_at = trouble, now + AGAIN_SECONDS
+            if not message.has_error() and trouble not in _ON_THE_WAY:
+                return Reply(each.site, None, trouble, 0, size)
+            if message.has_error():  # the node may have gone; another may come in its place
+                self._nodes.pop(each.site, None)
+            return None
+        try:
+            answer, payload = self._opened(message)
+            if answer.site != self._numbers[each.site] or answer.to != each.sequence or answer.about != each.about:
+                raise WrongContext(f"site {each.site} answers another order")
+        except CoadaptError as error:
+            return Reply(each.site, None, error.code, 0, size)
+        self._heads.saw(each.site, answer.ledger)
+        each.trouble = ""
+        if answer.kind == "working":
+            self.progress[each.site] = answer.progress
+            each.polling, each.next_at = True, now + self._poll
+            return None
+        if answer.kind == "refused" and answer.code == _FORGOTTEN and each.polling:
+            each.polling, each.next_at = False, now
+            return None
+        if answer.kind == "refused":
+            self.reasons[each.site] = answer.reason
+            return Reply(each.site, None, answer.code or MessageError.code, len(payload), size)
+        if answer.kind == "done":
+            return Reply(each.site, None, "", 0, size)
+        return _reply(each.site, payload, size)
+
+    def _opened(self, message: Message) -> tuple[Answer, bytes]:
+        """An answer that the site which it names has signed.
+
+        Raises:
+            MessageError, SecureSumError: it is none.
+        """
+        data = unpack(message.content)
+        number = _site_in(data)
+        answer, payload = open_frame(Answer, self._roster.public_key_of(number), data)
+        said = (answer.federation, answer.epoch, answer.manifest_sha256, answer.site)
+        if said[:2] != (self._roster.federation.hex(), self._roster.epoch) or said[3] != number:
+            raise WrongContext("an answer of another federation or roster")
+        return answer, payload
+
+
+def _site_in(data: bytes) -> int:
+    """The number that a frame gives for its site; whether it is true shows when the signature is verified with its key."""
+    try:
+        length = int.from_bytes(data[:8], "big")
+        number = json.loads(data[8 : 8 + length])["site"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SignatureRefused("an answer without a readable header") from error
+    if not isinstance(number, int):
+        raise SignatureRefused("an answer without a site's number")
+    return number
+
+
+def _trouble(message: Message) -> str | None:
+    """A fixed word for what went wrong between here and the vault; None where the vault has answered."""
+    if message.has_error():
+        return f"flower_{message.error.code}"
+    failure = message.content.config_records.get("failure")
+    return None if failure is None else str(failure.get("code", "")) or MessageError.code
+
+
+def _reply(site: str, payload: bytes, bytes_down: int) -> Reply:
+    if payload[:1] == bytes([VERSION]):
+        return Reply(site, None, "", len(payload), bytes_down, payload)
+    try:
+        return Reply(site, decode(payload), "", len(payload), bytes_down)
+    except MessageError as error:
+        return Reply(site, None, error.code, 0, bytes_down)
