@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RunError
 
-__all__ = ["AuditLog", "AuditLine", "read_audit"]
+__all__ = ["AuditLine", "AuditLog", "read_audit"]
 
 Decision = Literal["answered", "working", "refused", "note"]
 

@@ -116,8 +116,8 @@ class Ledger:
             row = database.execute("SELECT digest FROM entries WHERE number = ?", (number,)).fetchone()
         if number and (row is None or not hmac.compare_digest(row[0], digest)):
             raise SnapshotRefused(
-                f"the ledger in {self._folder} has {len(entries)} entries and is not the one of which {number} were seen"
-                " by others: an older copy was put back; restore the newest, nothing is trained without it"
+                f"the ledger in {self._folder} has {len(entries)} entries and is not the one of which others have seen"
+                f" {number}: an older copy was put back; restore the newest, nothing is trained without it"
             )
 
     def rounds_of(self, manifest_sha256: str, run_id: str) -> list[int]:

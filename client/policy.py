@@ -75,7 +75,9 @@ class LimitsPolicy(Section):
     bases: tuple[Sha256, ...] = Field(
         (), description="weights_sha256 of the base models that may be loaded; empty: any, also one that is not pinned"
     )
-    adapter_methods: tuple[AdapterMethod, ...] = Field((), description="adapter methods that may be trained; empty: any")
+    adapter_methods: tuple[AdapterMethod, ...] = Field(
+        (), description="adapter methods that may be trained; empty: any"
+    )
     tasks: tuple[TaskKind, ...] = Field((), description="tasks that may be trained; empty: any")
     rank: int | None = Field(None, ge=1, description="largest adapter.rank; default: any")
     rounds: int | None = Field(None, ge=1, description="most training.rounds; default: any")

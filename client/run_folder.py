@@ -1,5 +1,6 @@
 """What a site keeps of one run, so that a vault that was killed goes on where it was and releases nothing twice.
 
+    run.json      whose run it is: federation, epoch and manifest (`Claim`)
     memory.json   the newest attempt answered and the vector let go last (`SiteMemory`); never deleted
     sums.json     adapters measured, survivors of the last round, bounds of the adapter (`SumFacts`)
     work.bin      the request that is worked on or was last: begun, done with the reply, or failed; and `SiteState`
@@ -23,7 +24,7 @@ from common.durable import write_bytes
 from common.errors import MalformedMessage, RunError
 from common.secure_sum.state import SiteMemory
 
-__all__ = ["Body", "RunFolder", "Work"]
+__all__ = ["Body", "Claim", "RunFolder", "Work"]
 
 _LENGTH = 8
 _Digest = Field("", pattern=r"^([0-9a-f]{64})?$")
@@ -31,6 +32,14 @@ _Digest = Field("", pattern=r"^([0-9a-f]{64})?$")
 
 class _Stored(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Claim(_Stored):
+    """Whose run a folder is of: the roster's federation and epoch, and the manifest's digest."""
+
+    federation: str
+    epoch: int
+    manifest_sha256: str
 
 
 class Work(_Stored):
@@ -93,10 +102,17 @@ class RunFolder:
     def __init__(self, folder: Path, federation: bytes) -> None:
         self._folder, self._federation = folder, federation
 
-    @property
-    def exists(self) -> bool:
-        """Whether anything was kept of this run."""
-        return (self._folder / "memory.json").exists() or (self._folder / "work.bin").exists()
+    def claim(self) -> Claim | None:
+        """Whose run it is; None where nothing was kept of it. A RunError if the file is damaged."""
+        data = self._read("run.json")
+        try:
+            return None if data is None else Claim.model_validate_json(data)
+        except ValidationError as error:
+            raise self._damaged("run.json") from error
+
+    def take(self, claim: Claim) -> None:
+        """Begin the folder."""
+        self._write("run.json", claim.model_dump_json().encode())
 
     def load(self) -> SiteMemory:
         """See `MemoryStore`.

@@ -39,7 +39,7 @@ from common.secure_sum.messages import RoundStart as SumStart
 from common.secure_sum.messages import Turn
 from common.secure_sum.primitives import Keystream, Label, derive
 from common.secure_sum.site import Site, SiteRound
-from common.secure_sum.state import MemoryStore
+from common.secure_sum.state import MemoryStore, Phase
 from common.summed import Request, agreed, extras, measures, sum_number, weighted
 
 __all__ = ["FactsStore", "SecureSite", "SumFacts", "sum_policy"]
@@ -245,7 +245,11 @@ class SecureSite:
         Raises:
             SecureSumError: it comes out of turn, or another left in this round.
         """
-        if self._adapter:  # known before the vector leaves, or a kill between the two would have it measured again
+        state = self._attempt().state
+        ready = state is not None and state.phase is Phase.VECTOR
+        if (
+            self._adapter and ready
+        ):  # known before the vector leaves, or a kill between the two would have it measured again
             self._know(measured=tuple(sorted({*self._facts.measured, self._adapter})))
         return self._attempt().release(body)
 

@@ -1,7 +1,5 @@
 """The vault: a site's resident object. It alone holds the records; an envelope comes in and an envelope goes out."""
 
-import contextlib
-import traceback
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Self
@@ -12,6 +10,7 @@ from client.protection import Population, Protection, protected_units
 from client.records import clean_name, read_records
 from client.resident import resident
 from client.round import SiteData, evaluate, project, train_round
+from client.site_log import note
 from client.state import SiteState
 from common.config.manifest import Columns, Manifest
 from common.errors import DataError, MessageError, PrivacyError, error_code
@@ -58,9 +57,7 @@ class Vault:
             self._protection = Protection(manifest, population, ledger)
             if require_budget:
                 self._protection.require()
-        self._site = read_site(
-            name, manifest, train=train, held_out=held_out, columns=columns, withdrawn=withdrawn
-        )
+        self._site = read_site(name, manifest, train=train, held_out=held_out, columns=columns, withdrawn=withdrawn)
 
     @classmethod
     def of(cls, policy: SitePolicy, manifest: Manifest, *, log: Path, require_budget: bool = True) -> Self:
@@ -166,11 +163,3 @@ def read_site(
         owned = protected_units(records, manifest.privacy.unit)
         units = {unit: [by_record[id(record)] for record in own] for unit, own in owned.items()}
     return SiteData(name, examples, held_out_examples[: manifest.evaluation.max_records], units)
-
-
-def note(log: Path, error: BaseException) -> None:
-    """Write an error with its traceback to the site's own log; what cannot be written is lost, the run is not."""
-    with contextlib.suppress(OSError):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write("".join(traceback.format_exception(error)) + "\n")
