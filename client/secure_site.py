@@ -133,8 +133,9 @@ def sum_policy(manifest: Manifest) -> SumPolicy:
 
 
 class SecureSite:
-    """One institution under one manifest. `store` and `facts` keep what must outlive a restart; one attempt goes on at a
-    time.
+    """One institution under one manifest. `store` and `facts` keep what must outlive a restart.
+
+    One attempt goes on at a time.
 
     `rounding` are 32 bytes that this site alone knows. Rounding is drawn from them, so that a run can be repeated bit
     for bit; without them from the operating system. A coordinator that knew how the others round could tell from a sum
@@ -247,9 +248,7 @@ class SecureSite:
         """
         state = self._attempt().state
         ready = state is not None and state.phase is Phase.VECTOR
-        if (
-            self._adapter and ready
-        ):  # known before the vector leaves, or a kill between the two would have it measured again
+        if self._adapter and ready:  # before the vector leaves: a kill between must not have it measured again
             self._know(measured=tuple(sorted({*self._facts.measured, self._adapter})))
         return self._attempt().release(body)
 

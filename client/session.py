@@ -222,7 +222,6 @@ class Session:
             if order.kind != "request":
                 raise UnknownAttempt("a message in a run that no request has begun here")
             self._require_runs(claim)
-            folder.take(claim)
         elif known != claim:
             raise WrongContext(f"run {order.run_id} was begun under another federation, roster or manifest")
         if self._run is not None:
@@ -234,10 +233,16 @@ class Session:
             secure=self._secure_site(order.run_id, folder),
             vault=vault,
             executor=parts.executor,
-            admit=lambda: require_hours(parts.policy, parts.now()),
+            admit=lambda: self._admit(folder, claim),
         )
         self._run = (order.run_id, run)
         return run
+
+    def _admit(self, folder: RunFolder, claim: Claim) -> None:
+        """Let training begin, and note whose run it is, or raise a PolicyBreach."""
+        require_hours(self._parts.policy, self._parts.now())
+        if folder.claim() is None:
+            folder.take(claim)
 
     def _require_runs(self, claim: Claim) -> None:
         """Refuse a run too many of a manifest without privacy.

@@ -1,4 +1,4 @@
-"""The site's own log of errors, which stays at the site: text of an error may hold what comes from a record. No torch."""
+"""The site's own log of errors, which stays at the site: text of an error may hold what comes from a record."""
 
 import contextlib
 import traceback

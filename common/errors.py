@@ -194,7 +194,7 @@ class UnknownOrder(MessageError):
 
 
 class UnknownAttempt(MessageError):
-    """A message of an attempt whose one-time keys the vault does not have, or no longer; the next attempt has new ones."""
+    """A message of an attempt whose one-time keys the vault does not have; the next attempt has new ones."""
 
     code = "unknown_attempt"
 
