@@ -183,7 +183,7 @@ class Field:
         }
         return RoundStart(**{**said, **values})
 
-    def order(self, site: int, kind: Any, payload: bytes = b"", **values: Any) -> bytes:
+    def order(self, to: int, kind: Any, payload: bytes = b"", **values: Any) -> bytes:
         """A signed order; `key` signs in the coordinator's place."""
         self.clock += 1
         key = values.pop("key", self.coordinator)
@@ -192,18 +192,18 @@ class Field:
             "epoch": self.roster.epoch,
             "manifest_sha256": self.manifest.digest(),
             "run_id": self.run_id,
-            "site": site,
+            "site": to,
             "kind": kind,
             "sequence": self.clock,
-            "seen": self.seen.get(site),
+            "seen": self.seen.get(to),
         }
         frame = seal_frame(key, Order(**{**said, **values}), payload)
         self.frames.append(frame)
         return frame
 
-    def say(self, site: int, kind: Any, payload: bytes = b"", **values: Any) -> tuple[Answer, bytes]:
+    def say(self, to: int, kind: Any, payload: bytes = b"", **values: Any) -> tuple[Answer, bytes]:
         """An order and its verified answer."""
-        return self.give(site, self.order(site, kind, payload, **values))
+        return self.give(to, self.order(to, kind, payload, **values))
 
     def give(self, site: int, frame: bytes) -> tuple[Answer, bytes]:
         return self.read(site, self.sites[site].session.answer(frame))
