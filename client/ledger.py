@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.durable import write_text
-from common.errors import BudgetError, LedgerError, RunError
+from common.errors import BudgetError, LedgerError, RunError, SnapshotRefused
 from common.privacy.accounting import Steps, merged, rdp_epsilon
 
 __all__ = ["Account", "Charge", "Entry", "Ledger"]
@@ -94,6 +94,36 @@ class Ledger:
         """All entries in their order, their chain verified."""
         with self._transaction() as database:
             return self._verified(database)
+
+    def head(self) -> tuple[int, str]:
+        """How many entries there are, and the keyed digest of the last (hex, empty where there is none).
+
+        It may leave: without the key it tells nothing of what stands in the entries.
+        """
+        with self._transaction() as database:
+            self._verified(database)
+            return self._head(database)
+
+    def require_at_least(self, number: int, digest: str) -> None:
+        """Refuse to be older than what others have seen: `head` as it was once told to them.
+
+        Raises:
+            SnapshotRefused: there are fewer entries, or the one that was last then is another. A copy from before was
+                put back, and what was spent since would be spent again.
+        """
+        with self._transaction() as database:
+            entries = self._verified(database)
+            row = database.execute("SELECT digest FROM entries WHERE number = ?", (number,)).fetchone()
+        if number and (row is None or not hmac.compare_digest(row[0], digest)):
+            raise SnapshotRefused(
+                f"the ledger in {self._folder} has {len(entries)} entries and is not the one of which others have seen"
+                f" {number}: an older copy was put back; restore the newest, nothing is trained without it"
+            )
+
+    def rounds_of(self, manifest_sha256: str, run_id: str) -> list[int]:
+        """The rounds of a run that were charged, in the order of their entries."""
+        charges = (entry.charge for entry in self.entries())
+        return [each.round for each in charges if (each.manifest_sha256, each.run_id) == (manifest_sha256, run_id)]
 
     def spent(self, population: str) -> list[Steps]:
         """What the population's units have paid for so far."""

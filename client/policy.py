@@ -1,22 +1,24 @@
-"""The site policy (`site.toml`): what one institution's data is, and how much privacy may be spent on it.
+"""The site policy (`site.toml`): what one institution's data is, how much privacy may be spent on it, what it allows.
 
 The site enforces it; a coordinator cannot loosen it. Folders and files in it count from the policy's own folder.
+`client/admission.py` holds a manifest against it.
 """
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from client.hours import Window
 from client.protection import Population
 from client.secure_site import sum_policy
 from common.config.loading import load_document
-from common.config.manifest import Columns, FileName, Manifest, Name, Section
-from common.errors import PrivacyError
+from common.config.manifest import AdapterMethod, Columns, FileName, Manifest, Name, Section, Sha256, TaskKind
+from common.errors import DataError, PrivacyError
 from common.secure_sum.config import SumPolicy
 
-__all__ = ["CrowdPolicy", "DataPolicy", "PopulationPolicy", "SitePolicy", "TrainingPolicy", "load_policy"]
+__all__ = ["CrowdPolicy", "DataPolicy", "LimitsPolicy", "PopulationPolicy", "SitePolicy", "TrainingPolicy", "load_policy"]
 
 
 class DataPolicy(Section):
@@ -25,6 +27,11 @@ class DataPolicy(Section):
     train: FileName = Field(description="file of the records to train on")
     held_out: FileName | None = Field(None, description="file of the records to measure on, never trained on")
     columns: Columns = Field(default_factory=Columns, description="names of the columns in these files")
+    withdrawn: FileName | None = Field(
+        None,
+        description="file of units that withdrew, the name of one on each line: their records are read no more, what"
+        " was spent on them stays in the ledger",
+    )
 
 
 class PopulationPolicy(Section):
@@ -51,6 +58,55 @@ class CrowdPolicy(Section):
         "summed",
         description="what leaves of loss and held-out counts: their sum over the sites, or nothing; none with privacy",
     )
+    unsafe_unmasked: bool = Field(
+        False,
+        description="take part in federations without secure sums too, whose coordinator sees this site's own change",
+    )
+
+
+def _hours(text: str) -> str:
+    Window.parse(text)
+    return text
+
+
+class LimitsPolicy(Section):
+    """What a federation may ask for. Whatever exceeds it is refused, and the coordinator is told setting and number."""
+
+    bases: tuple[Sha256, ...] = Field(
+        (), description="weights_sha256 of the base models that may be loaded; empty: any, also one that is not pinned"
+    )
+    adapter_methods: tuple[AdapterMethod, ...] = Field(
+        (), description="adapter methods that may be trained; empty: any"
+    )
+    tasks: tuple[TaskKind, ...] = Field((), description="tasks that may be trained; empty: any")
+    rank: int | None = Field(None, ge=1, description="largest adapter.rank; default: any")
+    rounds: int | None = Field(None, ge=1, description="most training.rounds; default: any")
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="largest privacy.epsilon of one federation, and none without privacy; default: what the population"
+        " has left",
+    )
+    delta: float | None = Field(
+        None, gt=0, lt=1, description="largest privacy.delta of one federation, and none without privacy; default: any"
+    )
+    plain_runs: int = Field(
+        1,
+        ge=0,
+        description="runs of one manifest without privacy: what two of them sum over different sites tells what lies"
+        " between",
+    )
+    message_bytes: int = Field(1 << 30, ge=1 << 16, description="largest order that is read, in bytes")
+    gpu_memory: float = Field(1.0, gt=0, le=1, description="share of the GPU's memory that may be used")
+    hours: tuple[Annotated[str, AfterValidator(_hours)], ...] = Field(
+        (),
+        description="when training may begin, local time, such as 'mon-fri 18:00-06:00' and 'sat-sun 00:00-24:00';"
+        " what goes on is not broken off; empty: always",
+    )
+
+    def windows(self) -> tuple[Window, ...]:
+        """The hours, read."""
+        return tuple(Window.parse(text) for text in self.hours)
 
 
 class TrainingPolicy(Section):
@@ -74,6 +130,7 @@ class SitePolicy(Section):
     population: PopulationPolicy
     secure_sum: CrowdPolicy = Field(default_factory=CrowdPolicy)
     training: TrainingPolicy = Field(default_factory=TrainingPolicy)
+    limits: LimitsPolicy = Field(default_factory=LimitsPolicy)
 
     def sum_policy(self, manifest: Manifest) -> SumPolicy:
         """What the site insists on in a secure sum: the stricter of its own rules and the manifest's."""
@@ -89,6 +146,23 @@ class SitePolicy(Section):
         """The population as the ledger and the accounting know it."""
         own = self.population
         return Population(own.name, own.units, own.epsilon, own.delta)
+
+    def withdrawn_units(self) -> frozenset[str]:
+        """The units that withdrew; none where no file is named.
+
+        Raises:
+            DataError: the file cannot be read. Nothing is read then, since nobody knows whose records may be.
+        """
+        if self.data.withdrawn is None:
+            return frozenset()
+        try:
+            text = Path(self.data.withdrawn).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{self.data.withdrawn} of data.withdrawn cannot be read ({type(error).__name__}); it must be UTF-8"
+                " text with the name of a unit on each line, and may be empty"
+            ) from error
+        return frozenset(line.strip() for line in text.splitlines() if line.strip())
 
     def require_unit(self, manifest: Manifest) -> None:
         """Refuse a manifest that protects other units than the population consists of.
@@ -113,11 +187,12 @@ def load_policy(path: Path) -> SitePolicy:
         path, SitePolicy, advice="a site's policy says where its data is and what may be spent on it"
     )
     folder = path.absolute().parent
-    held_out = policy.data.held_out
-    files = {
-        "train": str(folder / policy.data.train),
-        "held_out": None if held_out is None else str(folder / held_out),
-    }
+
+    def found(name: str | None) -> str | None:
+        return None if name is None else str(folder / name)
+
+    data = policy.data
+    files = {"train": found(data.train), "held_out": found(data.held_out), "withdrawn": found(data.withdrawn)}
     return policy.model_copy(
         update={"ledger": str(folder / policy.ledger), "data": policy.data.model_copy(update=files)}
     )

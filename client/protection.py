@@ -10,7 +10,7 @@ from functools import lru_cache
 from client.ledger import Account, Charge, Ledger
 from client.units import units_of
 from common.config.manifest import Manifest, PrivacySection
-from common.errors import PrivacyError
+from common.errors import PrivacyError, RerunRefused
 from common.privacy.accounting import Steps, calibrate, check_delta
 from common.randomness import SystemRandomness, seeded_int
 from common.records import Record
@@ -89,13 +89,26 @@ class Protection:
         """
         self._ledger.require(self._account, self.round)
 
-    def charge(self, run_id: str, number: int, units: Iterable[str]) -> None:
+    def charged(self, run_id: str) -> list[int]:
+        """The rounds of a run that the ledger holds charges of, in their order."""
+        return self._ledger.rounds_of(self._manifest.digest(), run_id)
+
+    def charge(self, run_id: str, number: int, units: Iterable[str], *, unreleased: bool = False) -> None:
         """Charge a round, durably; training may begin when this returns.
 
+        With `unreleased` the caller says that what an earlier training of this round made is lost and never left the
+        site: its charge, which must be the run's last, then pays for this training. A charge pays for what is
+        released once; how often noise was drawn before that nobody learns.
+
         Raises:
+            RerunRefused: nothing can have been lost, since the round's charge is not the run's last.
             BudgetError: the account would be overdrawn; nothing is charged.
             LedgerError: the ledger cannot be trusted or written.
         """
+        if unreleased:
+            if self.charged(run_id)[-1:] != [number]:
+                raise RerunRefused(f"round {number} is not the one that was charged last; nothing was trained again")
+            return
         charge = Charge(
             self._account.population,
             _section(self._manifest).unit,

@@ -25,7 +25,7 @@ from common.durable import write_bytes
 from common.errors import DataError
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 
-__all__ = ["EMPTY_WORD", "Cleaning", "parse_rows", "read_records", "read_rows", "write_records"]
+__all__ = ["EMPTY_WORD", "Cleaning", "clean_name", "parse_rows", "read_records", "read_rows", "write_records"]
 
 Form = Literal["NFC", "NFKC", "none"]
 
@@ -174,6 +174,11 @@ def _as_row(record: Record, columns: Columns) -> dict[str, object]:
             question = {columns.instruction: record.instruction, columns.input: record.input}
             return {**question, columns.output: record.output, **row}
     raise DataError(f"no file format for records of type {type(record).__name__}")
+
+
+def clean_name(name: str, form: Form) -> str:
+    """The name of a unit or group in the form in which records have it."""
+    return _clean(name, form)
 
 
 class _Row:

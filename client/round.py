@@ -50,8 +50,12 @@ def train_round(
     resident: Resident,
     state: SiteState,
     protection: Protection | None,
+    *,
+    unreleased: bool = False,
 ) -> tuple[Envelope, SiteState]:
     """Answer a RoundStart with what the site contributes; with privacy, what the round costs is charged before.
+
+    `unreleased`: see `Protection.charge`.
 
     Raises:
         MessageError: the round came before, lies outside the run, or the adapter is not the one announced.
@@ -67,7 +71,7 @@ def train_round(
         raise MessageError(f"round {start.round} follows on fewer aggregations than {start.accepted}")
     _check_adapter(envelope, start.adapter_sha256)
     if protection is not None:
-        return _train_privately(envelope, start, manifest, site, resident, state, protection)
+        return _train_privately(envelope, start, manifest, site, resident, state, protection, unreleased=unreleased)
     # 2. Measure the adapter as it arrived, on records that are never trained on.
     resident.take(envelope.tensors)
     counts = _counts(manifest, site, resident) if start.evaluate else {}
@@ -110,11 +114,13 @@ def _train_privately(
     resident: Resident,
     state: SiteState,
     protection: Protection,
+    *,
+    unreleased: bool,
 ) -> tuple[Envelope, SiteState]:
     """The same with privacy: nothing in the answer but the noised change is computed from records."""
     section = manifest.training
     # 2. The cost is on the disk before training begins, whatever happens then.
-    protection.charge(start.run_id, start.round, site.units)
+    protection.charge(start.run_id, start.round, site.units, unreleased=unreleased)
     # 3. Train the agreed number of noised steps; before the first ones what the guarantee rests on is checked.
     resident.take(envelope.tensors)
     phase = phase_of(manifest, start.accepted)

@@ -3,6 +3,7 @@
     start     the coordinator's request      -> the site's one-time keys; training may begin
     receive   the protocol's next message    -> the answer, or nothing while the vector is waited for
     give      what training made of it       -> the masked vector
+    repeat    the body that was let go       -> the same body, masked for a new attempt (with privacy alone)
     refuse    an error                       -> what the coordinator is told
 
 In the field the vault calls these; a simulation calls them for every site that it plays. What a site insists on is its
@@ -12,23 +13,36 @@ that follow from optimiser and adapter.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from common.bounds import bounds, require_ranges
 from common.codec.fixed_point import ByteSource
+from common.codec.packing import Words
 from common.codec.state import AdapterState, state_digest
 from common.codec.vector import encode_body
 from common.config.manifest import Manifest
-from common.errors import CoadaptError, MessageError, OutOfTurn, RerunRefused, SecureSumError, SurvivorsRefused
+from common.errors import (
+    CoadaptError,
+    MalformedMessage,
+    MessageError,
+    OutOfTurn,
+    RerunRefused,
+    SecureSumError,
+    SurvivorsRefused,
+)
 from common.factors import depth, newest
 from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, RoundDone, RoundStart
 from common.secure_sum.config import Agreed, SumPolicy
 from common.secure_sum.messages import RoundStart as SumStart
+from common.secure_sum.messages import Turn
 from common.secure_sum.primitives import Keystream, Label, derive
 from common.secure_sum.site import Site, SiteRound
-from common.secure_sum.state import MemoryStore
+from common.secure_sum.state import MemoryStore, Phase
 from common.summed import Request, agreed, extras, measures, sum_number, weighted
 
-__all__ = ["SecureSite", "sum_policy"]
+__all__ = ["FactsStore", "SecureSite", "SumFacts", "sum_policy"]
 
 _ANSWERS: dict[type[Request], type[RoundDone | Projected | Evaluated]] = {
     RoundStart: RoundDone,
@@ -58,6 +72,55 @@ class _Trained:
         return cls(header.accepted, shapes, bounds(manifest, tensors, header.round))
 
 
+@dataclass(frozen=True)
+class SumFacts:
+    """What a site knows of a run's sums, beside `SiteMemory`, that a later sum of the run is held against.
+
+    `measured` are digests of adapters, `of_round` is the last round and the survivors that this site saw, `records`
+    the weight of its last answer.
+    """
+
+    measured: tuple[str, ...] = ()
+    of_round: tuple[int, tuple[int, ...]] = (0, ())
+    records: int = 0
+    trained: _Trained = field(default_factory=_Trained)
+
+    def to_bytes(self) -> bytes:
+        """For the disk."""
+        return TypeAdapter(SumFacts).dump_json(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SumFacts":
+        """From `to_bytes`; MalformedMessage if it is damaged."""
+        try:
+            return TypeAdapter(SumFacts).validate_json(data)
+        except ValidationError as error:
+            raise MalformedMessage("stored facts of a run's sums are damaged") from error
+
+
+class FactsStore(Protocol):
+    """Where the facts of a run lie."""
+
+    def load_facts(self) -> SumFacts:
+        """What was saved last."""
+
+    def save_facts(self, facts: SumFacts) -> None:
+        """Return when it will survive a crash."""
+
+
+class _InMemory:
+    """For a run that ends with its process."""
+
+    def __init__(self) -> None:
+        self._facts = SumFacts()
+
+    def load_facts(self) -> SumFacts:
+        return self._facts
+
+    def save_facts(self, facts: SumFacts) -> None:
+        self._facts = facts
+
+
 def sum_policy(manifest: Manifest) -> SumPolicy:
     """What a site insists on that has no stricter policy than the manifest."""
     section = manifest.secure_sum
@@ -70,7 +133,9 @@ def sum_policy(manifest: Manifest) -> SumPolicy:
 
 
 class SecureSite:
-    """One institution under one manifest. `store` keeps what must outlive a restart; one attempt goes on at a time.
+    """One institution under one manifest. `store` and `facts` keep what must outlive a restart.
+
+    One attempt goes on at a time.
 
     `rounding` are 32 bytes that this site alone knows. Rounding is drawn from them, so that a run can be repeated bit
     for bit; without them from the operating system. A coordinator that knew how the others round could tell from a sum
@@ -84,6 +149,7 @@ class SecureSite:
         store: MemoryStore,
         manifest: Manifest,
         *,
+        facts: FactsStore | None = None,
         rounding: bytes | None = None,
         metrics_leave: bool = True,
     ) -> None:
@@ -92,11 +158,14 @@ class SecureSite:
         self._round: SiteRound | None = None
         self._request: Request | None = None
         self._agreed: Agreed | None = None
-        self._records = 0
-        self._trained = _Trained()
         self._adapter = ""
-        self._measured: set[str] = set()
-        self._of_round: tuple[int, tuple[int, ...]] = (0, ())  # the last round, and the survivors that this site saw
+        self._store_of_facts = facts or _InMemory()
+        self._facts = self._store_of_facts.load_facts()
+
+    @property
+    def turn(self) -> Turn | None:
+        """The attempt that goes on or was the last; None where none has begun since the start of this process."""
+        return None if self._round is None or self._round.state is None else self._round.state.turn
 
     def start(self, request: Envelope) -> bytes:
         """Take part in the sum of a request. Where it is refused, an attempt that goes on is left as it was.
@@ -118,14 +187,14 @@ class SecureSite:
         self.store.load().started(message.turn, noised_at_site=site.policy.noised_at_site)  # an old one is called so
         self._require_place(header)
         invited = message.body.invited
-        trained, adapter = self._trained, ""
+        trained, adapter = self._facts.trained, ""
         if isinstance(header, Project):
-            if self._of_round != (header.round, invited):
+            if self._facts.of_round != (header.round, invited):
                 raise SurvivorsRefused("a second sum must be over the very sites of the round's first one")
             site = replace(site, policy=replace(site.policy, min_sites=len(invited)))
         elif measures(self._manifest, header):
             adapter = state_digest(request.tensors)
-            if adapter in self._measured:
+            if adapter in self._facts.measured:
                 raise RerunRefused(
                     "this adapter has been measured in a sum already; a second sum over other sites would give single"
                     " sites' counts by subtraction"
@@ -137,7 +206,8 @@ class SecureSite:
         attempt = SiteRound(site, self.store)
         answer = attempt.start(what, data)
         self._round, self._request, self._agreed = attempt, header, what
-        self._trained, self._adapter = trained, adapter
+        self._adapter = adapter
+        self._know(trained=trained)
         return answer
 
     def _require_place(self, header: Request) -> None:
@@ -158,7 +228,7 @@ class SecureSite:
         attempt = self._attempt()
         answer = attempt.receive(data)
         if attempt.state is not None and isinstance(self._request, RoundStart):
-            self._of_round = (self._request.round, attempt.state.survivors)
+            self._know(of_round=(self._request.round, attempt.state.survivors))
         return answer
 
     def give(self, reply: Envelope) -> bytes:
@@ -168,23 +238,57 @@ class SecureSite:
             SecureSumError: the vector holds what cannot be summed, or comes out of turn.
             MessageError: the reply is not one to the request.
         """
-        attempt, header, what, request = self._attempt(), reply.header, self._agreed, self._request
+        return self.repeat(self.encoded(reply))
+
+    def repeat(self, body: Words) -> bytes:
+        """Mask a body: one that `encoded` made, or the identical one again in a later attempt.
+
+        Raises:
+            SecureSumError: it comes out of turn, or another left in this round.
+        """
+        state = self._attempt().state
+        ready = state is not None and state.phase is Phase.VECTOR
+        if self._adapter and ready:  # before the vector leaves: a kill between must not have it measured again
+            self._know(measured=tuple(sorted({*self._facts.measured, self._adapter})))
+        return self._attempt().release(body)
+
+    def laid_out(self) -> tuple[str, str]:
+        """How the body of the sum that goes on is laid out, and what was asked: two digests in hex.
+
+        Raises:
+            OutOfTurn: no attempt has begun.
+        """
+        if self._agreed is None:
+            raise OutOfTurn("no secure sum has begun at this site")
+        return self._agreed.spec.digest().hex(), self._agreed.model_hash.hex()
+
+    def encoded(self, reply: Envelope) -> Words:
+        """The body of the vector that a reply to the request gives, before checksum and masks.
+
+        Raises:
+            NotFiniteValue: it holds what cannot be summed.
+            MessageError: the reply is not one to the request.
+        """
+        header, what, request = reply.header, self._agreed, self._request
         if what is None or request is None or not isinstance(header, RoundDone | Projected | Evaluated):
             raise MessageError(f"{header.kind!r} holds nothing to sum")
         if type(header) is not _ANSWERS[type(request)] or header.spoken_of() != request.spoken_of():
             raise MessageError(f"{header.kind!r} of round {header.round} is no answer to the request that goes on")
         if isinstance(header, RoundDone):
-            self._records = header.records
-        body = encode_body(
-            weighted(self._manifest, reply.tensors, self._records),
-            extras(self._manifest, request, header, self._records, metrics_leave=self._metrics_leave),
+            self._know(records=header.records)
+        records = self._facts.records
+        return encode_body(
+            weighted(self._manifest, reply.tensors, records),
+            extras(self._manifest, request, header, records, metrics_leave=self._metrics_leave),
             what.spec,
             source=self._rounding(request),
         )
-        answer = attempt.release(body)
-        if self._adapter:
-            self._measured.add(self._adapter)
-        return answer
+
+    def _know(self, **changes: Any) -> None:
+        facts = replace(self._facts, **changes)
+        if facts != self._facts:
+            self._store_of_facts.save_facts(facts)
+            self._facts = facts
 
     def _rounding(self, request: Request) -> ByteSource | None:
         """Where rounding draws from: a keystream for this sum and adapter, or the operating system."""

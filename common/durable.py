@@ -16,11 +16,16 @@ from common.errors import RunError
 __all__ = ["new_folder", "write_bytes", "write_text"]
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` with `data`, whole or not at all; a RunError says what the disk refused."""
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replace `path` with `data`, whole or not at all; a RunError says what the disk refused.
+
+    A `private` file is its owner's alone (0600) before anything is in it.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with beside.open("xb") as file:
+            if private:
+                beside.chmod(0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -16,6 +16,8 @@
     ├── AppRefused           an app bundle that the site did not admit, or a Flower that the launcher does not know
     ├── ServiceError         a process of Coadapt cannot be started, reached or stopped
     ├── MessageError         an envelope is malformed, of another version or out of turn
+    │   ├── UnknownOrder     a poll asks about a payload that this vault has not, since it was started again
+    │   └── UnknownAttempt   a message of an attempt that this vault takes no part in, or no longer
     ├── RoundError           too few sites answered to finish a round
     ├── RunError             a run cannot start or a run's files cannot be used
     ├── SecureSumError       a secure sum was refused or cannot be formed; whoever raises it reveals nothing
@@ -77,6 +79,8 @@ __all__ = [
     "SurvivorsRefused",
     "TooFewSites",
     "TrainingError",
+    "UnknownAttempt",
+    "UnknownOrder",
     "VectorRefused",
     "WrongContext",
     "error_code",
@@ -181,6 +185,18 @@ class MessageError(CoadaptError):
     """An envelope is malformed, of another version or out of turn."""
 
     code = "message"
+
+
+class UnknownOrder(MessageError):
+    """A poll asks about a payload that the vault does not have; a vault that was started again wants it once more."""
+
+    code = "unknown_order"
+
+
+class UnknownAttempt(MessageError):
+    """A message of an attempt whose one-time keys the vault does not have; the next attempt has new ones."""
+
+    code = "unknown_attempt"
 
 
 class RoundError(CoadaptError):

@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from client.ticks import tick
 from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
 from common.errors import NotFiniteLoss
@@ -47,7 +48,11 @@ def new_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.Ada
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, section: TrainingSection, step: int, total_steps: int) -> None:
-    """Set each group's rate for step `step` (from 0) of a whole run: its peak times the schedule's factor."""
+    """Set each group's rate for step `step` (from 0) of a whole run: its peak times the schedule's factor.
+
+    Every step of every training begins here, so whoever listens (`client/ticks.py`) is told.
+    """
+    tick(step)
     factor = learning_rate(section, step, total_steps) / section.learning_rate
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

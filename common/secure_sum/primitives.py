@@ -69,6 +69,7 @@ class Label(enum.StrEnum):
     CHECKSUM_ODD = "secsum/1 checksum odd"
     CHECKSUM_ANY = "secsum/1 checksum any"
     ROUNDING = "coadapt rounding/1"
+    RUN_ROUNDING = "coadapt rounding of a run/1"
 
 
 def _framed(label: Label, parts: tuple[bytes | memoryview, ...]) -> Iterator[bytes | memoryview]:
