@@ -37,7 +37,7 @@ def reach(address: str, authority: Path) -> Iterator[Finding]:
         connection, way = _connection(host, port, context)
         before = time.time()
         connection.connect()
-        leaf = connection.sock.getpeercert(binary_form=True)
+        leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
         yield Finding("ok", "network", f"{address} answers{way}, and its certificate is the agreed authority's")
         level, text = expiry(ssl.DER_cert_to_PEM_cert(leaf).encode())
         yield Finding(level, "certificate", f"the gate's {text}")

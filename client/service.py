@@ -56,8 +56,8 @@ def write_services(home: SiteHome, into: Path) -> list[Path]:
     outside = [place for place in data if not Path(place).is_relative_to(folder)]
     ledger = Path(policy.ledger)
     # Its user may open none of these; this holds even where a mode was changed by hand.
-    closed = [home.keys, home.federation, home.runs, home.log.parent, ledger, *outside]
-    closed = [Path(place).absolute() for place in closed]
+    own = [home.keys, home.federation, home.runs, home.log.parent, ledger]
+    closed = [*(place.absolute() for place in own), *map(Path, outside)]
     writable = [folder, *([] if ledger.is_relative_to(folder) else [ledger])]
     files = {
         f"{VAULT_USER}.service": service_unit(

@@ -62,7 +62,7 @@ class KnownKey:
 def known_keys(document: type[Section] = Manifest) -> Mapping[str, KnownKey]:
     """Every key of a document by its dotted name, in the order of a file: a table, its keys, then its tables."""
     schema = document.model_json_schema()
-    return MappingProxyType(dict(_keys_below("", schema, schema["$defs"])))
+    return MappingProxyType(dict(_keys_below("", schema, schema.get("$defs", {}))))
 
 
 def shown(value: object) -> str:
