@@ -9,12 +9,13 @@ fingerprint of a key, the digest of a roster.
 """
 
 import hashlib
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import EnrolmentError
 from common.identity import PUBLIC_BYTES, SIGNATURE_BYTES, Identity, verify
+from common.roster import SignedRoster
 
 __all__ = ["Consent", "Enrolment", "Invitation", "read_paper", "spoken"]
 
@@ -22,6 +23,7 @@ _KEY = rf"^[0-9a-f]{{{2 * PUBLIC_BYTES}}}$"
 _SIGNATURE = rf"^[0-9a-f]{{{2 * SIGNATURE_BYTES}}}$"
 _DIGEST = r"^[0-9a-f]{64}$"
 _ENROLMENT = b"coadapt enrolment 1"
+_INVITATION = b"coadapt invitation 1"
 
 
 class _Paper(BaseModel):
@@ -70,6 +72,25 @@ class Invitation(_Paper):
     certificate: str = Field(max_length=65_536)
     manifest: str = Field(max_length=1_000_000)
     roster: str = Field(max_length=4_000_000)
+    signature: str = Field(pattern=_SIGNATURE)
+
+    @classmethod
+    def of(cls, identity: Identity, signed: SignedRoster, *, address: str, certificate: str, manifest: str) -> Self:
+        """Signed by the coordinator, so that the digest of the roster, which people compare and which holds the
+        coordinator's key, stands for manifest, address and certificate too."""
+        said = _offered(address, certificate, manifest, signed.roster.digest())
+        return cls(
+            address=address,
+            certificate=certificate,
+            manifest=manifest,
+            roster=signed.to_json(),
+            signature=identity.sign(_INVITATION, said).hex(),
+        )
+
+    def require(self, coordinator: bytes, roster_digest: bytes) -> None:
+        """Raises SignatureRefused unless the coordinator with this key signed it for the roster with this digest."""
+        said = _offered(self.address, self.certificate, self.manifest, roster_digest)
+        verify(coordinator, _INVITATION, said, bytes.fromhex(self.signature))
 
 
 class Consent(_Paper):
@@ -103,6 +124,11 @@ def spoken(digest: bytes) -> str:
     """The first 128 bits of a digest as people read them out: eight groups of four hexadecimal digits."""
     text = digest.hex()[:32]
     return " ".join(text[place : place + 4] for place in range(0, 32, 4))
+
+
+def _offered(address: str, certificate: str, manifest: str, roster_digest: bytes) -> bytes:
+    parts = [hashlib.sha256(text.encode()).digest() for text in (address, certificate, manifest)]
+    return hashlib.sha256(b"".join([*parts, roster_digest])).digest()
 
 
 def _said(name: str, node_key: str) -> bytes:

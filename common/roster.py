@@ -93,6 +93,10 @@ class Roster:
         """An institution's signature over the roster's hash."""
         return identity.sign(_SIGNED, self.digest())
 
+    def require_signature(self, site: int, signature: bytes) -> None:
+        """Raises SignatureRefused unless it is the site's over this roster, RosterRefused if there is no such site."""
+        verify(self.public_key_of(site), _SIGNED, self.digest(), signature)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SignedRoster:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from client.commands import site
 from common.errors import CoadaptError, ManifestError
+from server.commands import coordinator
 
 __all__ = ["app", "main"]
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(site, name="site")
+app.add_typer(coordinator, name="coordinator")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]

@@ -1,11 +1,11 @@
-"""Writes a manifest with every field explained, and keeps the words for each field's rule.
+"""Writes a manifest or another document with every field explained, and keeps the words for each field's rule.
 
-Meanings, ranges, choices and defaults all come from the manifest's JSON schema, so the comment in a written file,
+Meanings, ranges, choices and defaults all come from the document's JSON schema, so the comment in a written file,
 the error line of a broken rule (`loading.py`) and the check itself cannot disagree.
 """
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import tomli_w
 
 from common.config.manifest import Commit, ImportPath, Manifest, Name, Section, Sha256
 
-__all__ = ["KnownKey", "annotated", "known_keys", "shown"]
+__all__ = ["KnownKey", "annotated", "annotated_document", "known_keys", "shown"]
 
 COLUMNS = 100
 HEADER = """\
@@ -62,7 +62,7 @@ class KnownKey:
 def known_keys(document: type[Section] = Manifest) -> Mapping[str, KnownKey]:
     """Every key of a document by its dotted name, in the order of a file: a table, its keys, then its tables."""
     schema = document.model_json_schema()
-    return MappingProxyType(dict(_keys_below("", schema, schema["$defs"])))
+    return MappingProxyType(dict(_keys_below("", schema, schema.get("$defs", {}))))
 
 
 def shown(value: object) -> str:
@@ -77,15 +77,23 @@ def annotated(manifest: Manifest) -> str:
     `load_manifest` of the text gives an equal manifest. Keys without a value stand behind a '#', and so does a whole
     table that the manifest has not; the `simulation` table is left out then.
     """
-    dumped = manifest.model_dump(mode="json")
-    lines = _comment(HEADER)
-    for dotted, key in known_keys().items():
+    return annotated_document(manifest, HEADER, left_out=LEFT_OUT)
+
+
+def annotated_document(document: Section, header: str, *, left_out: Collection[str] = ()) -> str:
+    """The TOML text of any document, as above, under a `header` for its reader.
+
+    Tables named in `left_out` are not shown where the document has none.
+    """
+    dumped = document.model_dump(mode="json")
+    lines = _comment(header)
+    for dotted, key in known_keys(type(document)).items():
         *tables, name = dotted.split(".")
         table: Any = dumped
         for step in tables:
             table = table[step] if table is not None else None
         absent = table is None or (key.is_table and table[name] is None)
-        if absent and dotted.split(".")[0] in LEFT_OUT:
+        if absent and dotted.split(".")[0] in left_out:
             continue
         if absent and key.is_table:
             lines += ["", "", *_comment(key.description), f"# [{dotted}]"]

@@ -1,0 +1,86 @@
+"""Whether the coordinator's gate can be reached, with the certificate that was agreed on and a clock that agrees."""
+
+import email.utils
+import http.client
+import os
+import ssl
+import time
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import EnrolmentError
+from common.findings import Finding, Level
+from common.tls import expiry, split_address
+
+__all__ = ["reach"]
+
+TIMEOUT_SECONDS = 10.0
+
+# Flower refuses a node whose signed time is further away than about five minutes.
+WARN_SECONDS = 60.0
+MOST_SECONDS = 300.0
+
+
+def reach(address: str, authority: Path) -> Iterator[Finding]:
+    """Shake hands with the gate, through HTTPS_PROXY where it is set, and look at certificates and clock."""
+    host, port = split_address(address)
+    pem = authority.read_bytes() if authority.exists() else b""
+    if pem:
+        level, text = expiry(pem)
+        yield Finding(level, "certificate", f"the coordinator's authority {text}")
+    try:
+        context = ssl.create_default_context(cadata=pem.decode("ascii") if pem else None)
+        if pem:  # the agreed authority alone: another that the system trusts must not vouch for the gate
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_verify_locations(cadata=pem.decode("ascii"))
+        connection, way = _connection(host, port, context)
+        before = time.time()
+        connection.connect()
+        leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
+        yield Finding("ok", "network", f"{address} answers{way}, and its certificate is the agreed authority's")
+        level, text = expiry(ssl.DER_cert_to_PEM_cert(leaf).encode())
+        yield Finding(level, "certificate", f"the gate's {text}")
+        connection.request("HEAD", "/")
+        yield from _clock(connection.getresponse().headers.get("Date"), before)
+        connection.close()
+    except ssl.SSLCertVerificationError as error:
+        yield Finding(
+            "problem", "network", f"{address} shows a certificate that was not agreed on: {error.verify_message}"
+        )
+    except (OSError, http.client.HTTPException) as error:
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        yield Finding("problem", "network", f"{address} cannot be reached: {said}; ask for an open way to this port")
+
+
+def _connection(host: str, port: int, context: ssl.SSLContext) -> tuple[http.client.HTTPSConnection, str]:
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    if not proxy or _without_proxy(host):
+        return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS, context=context), ""
+    parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    if not parts.hostname:
+        raise EnrolmentError(f"HTTPS_PROXY is {proxy!r} and must be http://HOST:PORT")
+    connection = http.client.HTTPSConnection(
+        parts.hostname, parts.port or 3128, timeout=TIMEOUT_SECONDS, context=context
+    )
+    connection.set_tunnel(host, port)
+    return connection, f" through the proxy {parts.hostname}"
+
+
+def _without_proxy(host: str) -> bool:
+    exempt = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    names = [name.strip().lstrip(".") for name in exempt.split(",") if name.strip()]
+    return any(name in {"*", host} or host.endswith(f".{name}") for name in names)
+
+
+def _clock(said: str | None, own: float) -> Iterator[Finding]:
+    if not said:
+        yield Finding("warning", "clock", "the gate does not tell the time, so the clocks cannot be compared")
+        return
+    try:
+        apart = own - email.utils.parsedate_to_datetime(said).timestamp()
+    except ValueError:
+        yield Finding("warning", "clock", "the gate's time cannot be read")
+        return
+    level: Level = "ok" if abs(apart) < WARN_SECONDS else "warning" if abs(apart) < MOST_SECONDS else "problem"
+    yield Finding(level, "clock", f"{apart:+.0f} s from the gate's; set it by NTP" if level != "ok" else "agrees")

@@ -1,0 +1,108 @@
+"""A site's processes: how they are started here, and as services of systemd or in containers."""
+
+from pathlib import Path
+
+from client.home import SiteHome
+from client.isolation import Users
+from client.policy import load_policy
+from common.supervise import Program, module_command
+from common.systemd import container_file, quoted, service_unit, write_files
+
+__all__ = ["logs_folder", "processes_folder", "site_programs", "write_services"]
+
+VAULT_USER, RELAY_USER = "coadapt-vault", "coadapt-relay"
+
+
+def processes_folder(home: SiteHome) -> Path:
+    """Where the supervisor notes what runs."""
+    return home.folder / "run"
+
+
+def logs_folder(home: SiteHome) -> Path:
+    """Where what the processes print goes; it stays at the site like the vault's own log."""
+    return home.folder / "run" / "log"
+
+
+def site_programs(home: SiteHome, users: Users | None) -> list[Program]:
+    """Vault and relay; without `users` both run as whoever starts them."""
+    folder = str(home.folder.absolute())
+    flower = {"FLWR_HOME": str((home.relay / "flower").absolute())}
+    return [
+        Program(
+            name="vault",
+            command=module_command("client.vault_service", folder),
+            user=None if users is None else users.vault,
+        ),
+        Program(
+            name="relay",
+            command=module_command("client.node", folder),
+            environment=flower,
+            user=None if users is None else users.relay,
+        ),
+    ]
+
+
+def write_services(home: SiteHome, into: Path) -> list[Path]:
+    """Write two units, for two users, and a container file for each process.
+
+    Raises:
+        EnrolmentError: a file is there already.
+        ManifestError: site.toml breaks a rule.
+    """
+    policy = load_policy(home.policy)
+    folder = home.folder.absolute()
+    vault, relay = site_programs(home, None)
+    data = sorted({str(Path(file).parent) for file in (policy.data.train, policy.data.held_out) if file is not None})
+    outside = [place for place in data if not Path(place).is_relative_to(folder)]
+    ledger = Path(policy.ledger)
+    # Its user may open none of these; this holds even where a mode was changed by hand.
+    own = [home.keys, home.federation, home.runs, home.log.parent, ledger]
+    closed = [*(place.absolute() for place in own), *map(Path, outside)]
+    writable = [folder, *([] if ledger.is_relative_to(folder) else [ledger])]
+    files = {
+        f"{VAULT_USER}.service": service_unit(
+            f"Coadapt vault of {policy.name}",
+            vault.command,
+            settings=[
+                ("User", VAULT_USER),
+                # Its own group is the relay's, so that the socket it makes is the relay's group's; the umask keeps
+                # every other file to the vault.
+                ("Group", RELAY_USER),
+                ("WorkingDirectory", quoted(str(folder))),
+                ("ReadWritePaths", " ".join(quoted(str(place)) for place in writable)),
+                *([("ReadOnlyPaths", " ".join(map(quoted, outside)))] if outside else []),
+                # The relay alone goes to the network: the vault speaks over its Unix socket.
+                ("RestrictAddressFamilies", "AF_UNIX"),
+                ("IPAddressDeny", "any"),
+            ],
+            after=("local-fs.target",),
+            wanted=(),
+            environment={"HF_HUB_OFFLINE": "1"},
+        ),
+        f"{RELAY_USER}.service": service_unit(
+            f"Coadapt relay of {policy.name}",
+            relay.command,
+            settings=[
+                ("User", RELAY_USER),
+                ("Group", RELAY_USER),
+                ("WorkingDirectory", quoted(str(folder / "relay"))),
+                ("ReadWritePaths", quoted(str(folder / "relay" / "flower"))),
+                ("InaccessiblePaths", " ".join(quoted(f"-{place}") for place in closed)),
+                ("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6"),
+            ],
+            after=("network-online.target", f"{VAULT_USER}.service"),
+            wanted=("network-online.target", f"{VAULT_USER}.service"),
+            environment=dict(relay.environment),
+        ),
+        "Containerfile.vault": container_file(
+            ["python", "-P", "-m", "client.vault_service", "/home/coadapt"],
+            users=[VAULT_USER, RELAY_USER],
+            note="The vault: no network (--network none); the site's folder and data as volumes, data read-only.",
+        ),
+        "Containerfile.relay": container_file(
+            ["python", "-P", "-m", "client.node", "/home/coadapt"],
+            users=[RELAY_USER],
+            note="The relay: mount the site's relay folder alone, as /home/coadapt/relay; it may reach the gate.",
+        ),
+    }
+    return write_files(into, files)
