@@ -10,6 +10,7 @@ Whatever is refused is an answer too, with a fixed word; only a breach of policy
 numbers. Every order leaves a line in the audit log, a poll that was told to wait excepted.
 """
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -31,6 +32,7 @@ from client.site_run import Outcome, SiteRun
 from common.config.manifest import Manifest
 from common.durable import write_bytes
 from common.errors import (
+    AppRefused,
     CoadaptError,
     ManifestError,
     PolicyBreach,
@@ -98,6 +100,16 @@ class Session:
         """The signed answer to a signed order; never raises for what the order holds."""
         with self._lock:
             return self._answer(bytes(frame))
+
+    def app_refused(self, digest: bytes) -> bytes:
+        """Note that the relay refused an app bundle with this SHA-256 (hex). The relay says so, and nobody else can."""
+        text = digest[:64].decode("ascii", "replace")
+        if re.fullmatch(r"[0-9a-f]{64}", text):
+            with self._lock:
+                self._audit.add(
+                    "refused", kind="app", run_id="", round_number=None, payload=text, size=0, code=AppRefused.code, reason=""
+                )
+        return b""
 
     def _answer(self, frame: bytes) -> bytes:
         order: Order | None = None

@@ -1,15 +1,17 @@
 """How the relay reaches the vault: one call over a Unix socket, bytes in and bytes out. No torch, no records."""
 
+import contextlib
 from pathlib import Path
 
 import grpc
 
 from common.errors import ServiceError
 
-__all__ = ["METHOD", "SERVICE", "call_vault"]
+__all__ = ["METHOD", "REFUSED", "SERVICE", "call_vault", "tell_refused"]
 
 SERVICE = "coadapt.Vault"
 METHOD = "Answer"
+REFUSED = "Refused"
 
 # The vault has a limit of its own, from its policy; Flower's pieces and the gate have theirs.
 _OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
@@ -34,3 +36,12 @@ def call_vault(socket: Path, data: bytes, *, timeout: float = 60.0) -> bytes:
             )
             raise ServiceError(f"the vault at {socket} did not answer ({code}); {advice}") from error
     return answer
+
+
+def tell_refused(socket: Path, digest: str, *, timeout: float = 10.0) -> None:
+    """Have the vault note in its audit log that an app bundle with this SHA-256 (hex) was refused.
+
+    Without a vault nothing is noted, and the bundle is refused all the same.
+    """
+    with grpc.insecure_channel(f"unix:{socket.absolute()}") as channel, contextlib.suppress(grpc.RpcError):
+        channel.unary_unary(f"/{SERVICE}/{REFUSED}")(digest.encode(), timeout=timeout)

@@ -30,7 +30,7 @@ from client.home import SiteHome
 from client.ledger import Ledger
 from client.policy import SitePolicy, load_policy
 from client.session import Session, SiteParts
-from client.vault_client import METHOD, SERVICE
+from client.vault_client import METHOD, REFUSED, SERVICE
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, EnrolmentError, ManifestError, ServiceError
@@ -138,7 +138,9 @@ def _listening(home: SiteHome, session: Session, policy: SitePolicy) -> grpc.Ser
         maximum_concurrent_rpcs=2 * THREADS,
     )
     handler = grpc.unary_unary_rpc_method_handler(lambda data, _: session.answer(data))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    noted = grpc.unary_unary_rpc_method_handler(lambda data, _: session.app_refused(data))
+    handlers = {METHOD: handler, REFUSED: noted}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     before = os.umask(0o117)
     try:
         server.add_insecure_port(f"unix:{path}")

@@ -1,0 +1,132 @@
+"""One run between institutions, at the coordinator: everything is read and checked, the rounds run, the result is kept.
+
+A run folder that is there already is resumed. What stops a run is written into its `summary.json`, so that whoever
+submitted it can be told, and the folder stays as it is, to be resumed.
+"""
+
+import contextlib
+import threading
+from pathlib import Path
+
+from common.adapters import attach, first_state, save_adapter
+from common.codec.state import AdapterState
+from common.config.annotate import annotated
+from common.config.loading import load_manifest
+from common.config.manifest import Manifest
+from common.errors import CoadaptError, RunError
+from common.flower import Grid, quiet
+from common.models import find_base, load_task_model
+from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
+from common.roster import Roster, verify_roster
+from server.channel import Interrupted
+from server.coordinator import Coordinator
+from server.enrolment import read_roster
+from server.field_channel import FieldChannel, Heads
+from server.field_summary import write_summary
+from server.home import CoordinatorHome, load_settings
+from server.run_store import RunStore
+from server.secure_collection import SecureCollection
+
+__all__ = ["prepared", "run_field"]
+
+
+def prepared(home: CoordinatorHome) -> tuple[Manifest, Roster]:
+    """The manifest and the roster that every institution has signed.
+
+    Raises:
+        CoadaptError: something is missing or does not fit, in one line.
+    """
+    manifest = load_manifest(home.manifest)
+    signed, identity = read_roster(home), home.identity()
+    roster = verify_roster(
+        signed,
+        own_key=identity.public,
+        pinned=signed.roster.digest(),
+        unsafe_two_sites=manifest.secure_sum.unsafe_two_sites,
+    )
+    if manifest.evaluation.public is not None:
+        raise RunError("evaluation.public is read in simulations alone; leave it out of a federation between institutions")
+    return manifest, roster
+
+
+def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading.Event) -> None:
+    """Run or resume a run over a Flower grid.
+
+    Raises:
+        CoadaptError: what stopped it, which stands in the run's summary too.
+    """
+    quiet()
+    manifest, roster = prepared(home)
+    settings = load_settings(home)
+    base = find_base(manifest.model)
+    model = attach(load_task_model(base, manifest), manifest.adapter)
+    first = first_state(model, manifest.training.seed)
+
+    def write_adapter(folder: Path, adapter: AdapterState) -> None:
+        save_adapter(folder, model, adapter, base, manifest)
+
+    folder = home.runs / run_id
+    resumes = folder.exists()
+    store = RunStore.reopen(folder, write_adapter) if resumes else RunStore(folder, write_adapter)
+    if not resumes:
+        store.write("federation.toml", annotated(manifest))
+    names = [entry.name for entry in roster.institutions]
+    with contextlib.ExitStack() as stack:
+        log = EventLog(folder / "events.jsonl")
+        stack.callback(log.close)
+        log(
+            RunStarted(
+                run_id=run_id,
+                federation=manifest.name,
+                sites=tuple(names),
+                rounds=manifest.training.rounds,
+                metrics=manifest.metrics,
+                trainable_parameters=sum(array.size for array in first.values()),
+            )
+        )
+        channel = FieldChannel(
+            grid,
+            identity=home.identity(),
+            roster=roster,
+            manifest_sha256=manifest.digest(),
+            run_id=run_id,
+            heads=Heads(home.folder / "ledger-heads.json"),
+            stop=stop,
+            phase_seconds=settings.phase_seconds,
+            poll_seconds=settings.poll_seconds,
+        )
+        sums = None
+        if manifest.secure_sum.enabled:
+            sums = SecureCollection(
+                manifest,
+                identity=home.identity(),
+                roster=roster,
+                sites=names,
+                shapes={name: array.shape for name, array in first.items()},
+                channel=channel,
+                report=log,
+                attempts=settings.attempts,
+            )
+        make = Coordinator.resume if resumes else Coordinator
+        coordinator = make(
+            manifest,
+            run_id=run_id,
+            sites=names,
+            first=first,
+            channel=channel,
+            sums=sums,
+            store=store,
+            report=log,
+        )
+        log(PhaseStarted(phase="rounds"))
+        status, reason = "finished", ""
+        try:
+            store.save_result(coordinator.run())
+        except Interrupted:
+            status, reason = "interrupted", "stopped by the person"
+        except CoadaptError as error:
+            status, reason = "failed", str(error)
+            raise
+        finally:
+            write_summary(store, manifest, roster, coordinator, status, reason, channel.reasons)
+            log(RunStopped(status=status, reason=reason))  # type: ignore[arg-type]  # one of the literals
