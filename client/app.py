@@ -1,4 +1,4 @@
-"""The Flower app of a site: an order's bytes go to the vault, and the vault's answer goes back. No torch, no records."""
+"""The Flower app of a site: an order's bytes go to the vault, the vault's answer goes back. No torch, no records."""
 
 import os
 from pathlib import Path

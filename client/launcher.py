@@ -18,11 +18,13 @@ from common.errors import AppRefused
 __all__ = ["KNOWN", "fit", "main", "source_digest"]
 
 # SHA-256 of the source of what is relied on, in flwr 1.41.0. `python -m client.launcher --sources` prints those found.
-KNOWN = {
+KNOWN: dict[str, str] = {
     "flwr.supernode.runtime.run_clientapp": "fa6612aaeda9cd398de69199b0cf264a38f72c1b9cfdc53644c8d6dab0b70eb6",
     "flwr.supernode.cli.flwr_clientapp": "e87dccf7a82b0447c6dac323c6bbfc1ffd2e70e7837d7f5c39b18b86b7b39c98",
     "flwr.supernode.start_client_internal": "d6342f743fdf768f63305b88414ae2654e9a21bda153739da19c608e8d375067",
-    "flwr.supercore.superexec.executor.subprocess_executor": "8fca14d06c1531f0895952719e9194a3f62e9cd0de4148a6d2cdd5cdaf051f39",
+    "flwr.supercore.superexec.executor.subprocess_executor": (
+        "8fca14d06c1531f0895952719e9194a3f62e9cd0de4148a6d2cdd5cdaf051f39"
+    ),
 }
 
 # What Flower may say about a failure here: the text of an exception could hold anything.
@@ -51,7 +53,7 @@ def require_known(*modules: str) -> None:
 
 
 def fit(module: Any, note: Callable[[str], None]) -> None:
-    """Replace in Flower's client module what would unpack, install and load a bundle. `note` is told of refused ones."""
+    """Replace what would unpack, install and load a bundle in Flower's client. `note` is told of refused ones."""
 
     def admit(content: bytes, *_: Any, **__: Any) -> None:
         found = hashlib.sha256(content).hexdigest()
@@ -96,15 +98,14 @@ def _note(digest: str) -> None:
 def main() -> None:
     """Flower's client process, fitted."""
     if sys.argv[1:] == ["--sources"]:
-        for module in KNOWN:
-            print(f'    "{module}": "{source_digest(module)}",')
+        for name in KNOWN:
+            print(f'    "{name}": "{source_digest(name)}",')
         return
     require_known("flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp")
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
-    module = sys.modules[run_clientapp.__module__]
-    fit(module, _note)
+    fit(run_clientapp, _note)
     flwr_clientapp()
 
 

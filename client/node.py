@@ -7,6 +7,7 @@ and Flower's dispatcher, and every other name of Flower's to a refusal. The Supe
 pause of three seconds between two looks for a message, which is shortened.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -19,10 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from pydantic import ValidationError
+
 from client.app import SOCKET
-from client.home import SiteHome
+from client.home import Agreement, SiteHome
 from client.launcher import require_known
-from common.errors import CoadaptError, EnrolmentError
+from common.app_bundle import app_digest
+from common.errors import AppRefused, CoadaptError, EnrolmentError
 
 __all__ = ["command", "main", "write_commands"]
 
@@ -38,6 +42,12 @@ WELL_SECONDS = 120.0
 
 _FLOWER = "--flower"
 
+# What Flower's processes get of the environment.
+_KEPT = (
+    *("HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH"),
+    *("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"),
+)
+
 
 def write_commands(folder: Path) -> None:
     """Write the only commands that the SuperNode and its children find."""
@@ -47,9 +57,9 @@ def write_commands(folder: Path) -> None:
     scripts = {
         **dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), "echo 'this site runs the installed relay alone' >&2\nexit 1\n"),
         "uv": "exit 1\n",
-        "flwr-clientapp": f'exec {python} -m client.launcher "$@"\n',
+        "flwr-clientapp": f'exec {python} -P -m client.launcher "$@"\n',
         "flower-superexec": (
-            f"exec {python} -c 'from flwr.supercore.cli import flower_superexec; flower_superexec()' \"$@\"\n"
+            f"exec {python} -P -c 'from flwr.supercore.cli import flower_superexec; flower_superexec()' \"$@\"\n"
         ),
     }
     folder.mkdir(exist_ok=True)
@@ -64,7 +74,7 @@ def command(home: SiteHome, address: str) -> list[str]:
     certificate = home.certificate
     trusted = ["--root-certificates", str(certificate)] if certificate.exists() and certificate.stat().st_size else []
     return [
-        *(sys.executable, "-m", "client.node", _FLOWER, *trusted),
+        *(sys.executable, "-P", "-m", "client.node", _FLOWER, *trusted),
         *("--superlink", address, "--host", "127.0.0.1", "--port", str(_free_port())),
         *("--auth-supernode-private-key", str(home.node_key)),
     ]
@@ -77,9 +87,8 @@ def _free_port() -> int:
 
 
 def _environment(home: SiteHome) -> dict[str, str]:
-    kept = ("HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "PYTHONPATH")
     return {
-        **{name: os.environ[name] for name in kept if name in os.environ},
+        **{name: os.environ[name] for name in _KEPT if name in os.environ},
         "PATH": str(home.relay / "commands"),
         "FLWR_HOME": str(home.relay / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -91,7 +100,7 @@ def _environment(home: SiteHome) -> dict[str, str]:
 
 def _keep_running(home: SiteHome) -> NoReturn:
     """Start the SuperNode, and again whenever it ends; SIGTERM ends it with all that it has started."""
-    address = _address(home)
+    address = _agreement(home).address
     write_commands(home.relay / "commands")
     neutral = home.relay / "empty"
     neutral.mkdir(exist_ok=True)
@@ -117,23 +126,27 @@ def _keep_running(home: SiteHome) -> NoReturn:
 
 
 def _end_group(child: "subprocess.Popen[bytes]") -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
-def _address(home: SiteHome) -> str:
-    """The gate's address, from the relay's copy, since the relay cannot read the agreement.
+def _agreement(home: SiteHome) -> Agreement:
+    """What was agreed, from the relay's copy, since the relay cannot read the site's own.
 
     Raises:
-        EnrolmentError: it is missing.
+        EnrolmentError: it is missing or damaged.
+        AppRefused: this version's app is not the one that was agreed to.
     """
-    path = home.relay / "address"
+    path = home.relay / "agreement.json"
     try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise EnrolmentError(f"{path} cannot be read; `coadapt site join` writes it") from error
+        agreement = Agreement.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EnrolmentError(
+            f"{path} cannot be used ({type(error).__name__}); `coadapt site join` writes it"
+        ) from error
+    if agreement.app_sha256 != app_digest():
+        raise AppRefused("Coadapt was changed since this site joined, and its app with it; join again")
+    return agreement
 
 
 def _flower(arguments: Sequence[str]) -> None:
@@ -142,9 +155,7 @@ def _flower(arguments: Sequence[str]) -> None:
     Raises:
         AppRefused: the installed Flower is not the one that this was written for.
     """
-    require_known(
-        "flwr.supernode.start_client_internal", "flwr.supercore.superexec.executor.subprocess_executor"
-    )
+    require_known("flwr.supernode.start_client_internal", "flwr.supercore.superexec.executor.subprocess_executor")
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
 
@@ -158,7 +169,7 @@ def _flower(arguments: Sequence[str]) -> None:
         def sleep(seconds: float) -> None:
             time.sleep(IDLE_SECONDS if seconds == 3 else seconds)
 
-    start_client_internal.time = Clock()  # type: ignore[assignment]
+    vars(start_client_internal)["time"] = Clock()
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
 

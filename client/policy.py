@@ -18,7 +18,15 @@ from common.config.manifest import AdapterMethod, Columns, FileName, Manifest, N
 from common.errors import DataError, PrivacyError
 from common.secure_sum.config import SumPolicy
 
-__all__ = ["CrowdPolicy", "DataPolicy", "LimitsPolicy", "PopulationPolicy", "SitePolicy", "TrainingPolicy", "load_policy"]
+__all__ = [
+    "CrowdPolicy",
+    "DataPolicy",
+    "LimitsPolicy",
+    "PopulationPolicy",
+    "SitePolicy",
+    "TrainingPolicy",
+    "load_policy",
+]
 
 
 class DataPolicy(Section):

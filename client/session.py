@@ -106,9 +106,7 @@ class Session:
         text = digest[:64].decode("ascii", "replace")
         if re.fullmatch(r"[0-9a-f]{64}", text):
             with self._lock:
-                self._audit.add(
-                    "refused", kind="app", run_id="", round_number=None, payload=text, size=0, code=AppRefused.code, reason=""
-                )
+                self._audit.add("refused", kind="app", payload=text, code=AppRefused.code)
         return b""
 
     def _answer(self, frame: bytes) -> bytes:

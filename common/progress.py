@@ -182,6 +182,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
+            _cut_torn_line(path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror}") from error
@@ -200,6 +201,14 @@ class EventLog:
         """Close the file; what was written stays."""
         with contextlib.suppress(OSError):  # a full disk was reported when the line was written
             self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Take away what a crash left of a line, so that the next one is whole."""
+    if path.exists():
+        data = path.read_bytes()
+        if (whole := data.rfind(b"\n") + 1) != len(data):
+            os.truncate(path, whole)
 
 
 def read_events(path: Path) -> Iterator[Event]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,7 @@ _ON_THE_WAY = ("service",)
 
 
 class Heads:
-    """The newest end of each site's ledger, durably: JSON by site name. A vault that comes back with an older one stops."""
+    """The newest end of each site's ledger, durably, as JSON by site name. A vault that comes back with less stops."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -147,7 +147,8 @@ class FieldChannel:
                     del asked[each.site]
                     if not absent:
                         self._send(each, "cancel", b"", now)
-                    yield Reply(each.site, None, "absent" if absent else each.trouble or "timeout", 0, len(each.payload))
+                    code = "absent" if absent else each.trouble or "timeout"
+                    yield Reply(each.site, None, code, 0, len(each.payload))
             if asked:
                 self._stop.wait(LOOK_SECONDS)
 
@@ -245,19 +246,25 @@ class FieldChannel:
             return Reply(each.site, None, error.code, 0, size)
         self._heads.saw(each.site, answer.ledger)
         each.trouble = ""
-        if answer.kind == "working":
-            self.progress[each.site] = answer.progress
-            each.polling, each.next_at = True, now + self._poll
-            return None
-        if answer.kind == "refused" and answer.code == _FORGOTTEN and each.polling:
-            each.polling, each.next_at = False, now
-            return None
-        if answer.kind == "refused":
-            self.reasons[each.site] = answer.reason
-            return Reply(each.site, None, answer.code or MessageError.code, len(payload), size)
-        if answer.kind == "done":
-            return Reply(each.site, None, "", 0, size)
-        return _reply(each.site, payload, size)
+        return self._answered(each, answer, payload, now)
+
+    def _answered(self, each: _Asked, answer: Answer, payload: bytes, now: float) -> Reply | None:
+        size = len(each.payload)
+        match answer.kind:
+            case "working":
+                self.progress[each.site] = answer.progress
+                each.polling, each.next_at = True, now + self._poll
+                return None
+            case "refused" if answer.code == _FORGOTTEN and each.polling:
+                each.polling, each.next_at = False, now
+                return None
+            case "refused":
+                self.reasons[each.site] = answer.reason
+                return Reply(each.site, None, answer.code or MessageError.code, len(payload), size)
+            case "done":
+                return Reply(each.site, None, "", 0, size)
+            case _:
+                return _reply(each.site, payload, size)
 
     def _opened(self, message: Message) -> tuple[Answer, bytes]:
         """An answer that the site which it names has signed.
@@ -275,7 +282,7 @@ class FieldChannel:
 
 
 def _site_in(data: bytes) -> int:
-    """The number that a frame gives for its site; whether it is true shows when the signature is verified with its key."""
+    """The number that a frame gives for its site; whether it is true, the signature under that site's key will show."""
     try:
         length = int.from_bytes(data[:8], "big")
         number = json.loads(data[8 : 8 + length])["site"]

@@ -45,7 +45,7 @@ def prepared(home: CoordinatorHome) -> tuple[Manifest, Roster]:
         unsafe_two_sites=manifest.secure_sum.unsafe_two_sites,
     )
     if manifest.evaluation.public is not None:
-        raise RunError("evaluation.public is read in simulations alone; leave it out of a federation between institutions")
+        raise RunError("evaluation.public is read in simulations alone; leave it out between institutions")
     return manifest, roster
 
 
@@ -67,7 +67,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
 
     folder = home.runs / run_id
     resumes = folder.exists()
-    store = RunStore.reopen(folder, write_adapter) if resumes else RunStore(folder, write_adapter)
+    store = RunStore(folder, write_adapter)
     if not resumes:
         store.write("federation.toml", annotated(manifest))
     names = [entry.name for entry in roster.institutions]
@@ -105,10 +105,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
                 shapes={name: array.shape for name, array in first.items()},
                 channel=channel,
                 report=log,
-                attempts=settings.attempts,
             )
-        make = Coordinator.resume if resumes else Coordinator
-        coordinator = make(
+        coordinator = Coordinator(
             manifest,
             run_id=run_id,
             sites=names,
@@ -129,4 +127,4 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
             raise
         finally:
             write_summary(store, manifest, roster, coordinator, status, reason, channel.reasons)
-            log(RunStopped(status=status, reason=reason))  # type: ignore[arg-type]  # one of the literals
+            log(RunStopped(status=status, reason=reason))

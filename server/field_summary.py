@@ -59,7 +59,7 @@ def first_line(manifest: Manifest) -> str:
     promise = (
         "There was no differential privacy."
         if private is None
-        else f"Each {private.unit} is protected with epsilon {private.epsilon:g} at delta {private.delta:g} at each site."
+        else f"At each site each {private.unit} is protected with epsilon {private.epsilon:g} at delta {private.delta:g}."
     )
     return f"{sums} {promise}"
 

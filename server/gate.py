@@ -26,10 +26,11 @@ from fastapi import FastAPI, Request, Response
 
 from common.errors import CoadaptError
 from common.tls import split_address
+from server.enrolment import admitted
 from server.home import CoordinatorHome, load_settings
-from server.superlink import loopback_certificate, superlink_url
+from server.superlink import Control, loopback_certificate, superlink_url
 
-__all__ = ["PATHS", "Buckets", "gate", "main"]
+__all__ = ["PATHS", "Buckets", "gate", "let_in", "main"]
 
 # What a SuperNode of Flower 1.41 asks for. Registering is the coordinator's business, on loopback.
 PATHS = frozenset(
@@ -48,7 +49,7 @@ PATHS = frozenset(
     )
 )
 
-# Of one connection to its neighbour, not of the message (RFC 9110, section 7.6.1); and what the client library sets itself.
+# Of one connection to its neighbour, not of the message (RFC 9110, section 7.6.1); and what the client library sets.
 _DROPPED = frozenset(
     (
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
@@ -144,6 +145,19 @@ def gate(
     return app
 
 
+def let_in(home: CoordinatorHome) -> None:
+    """Make Flower know the nodes of the admitted institutions, and no others.
+
+    Raises:
+        ServiceError: the SuperLink does not come up.
+        EnrolmentError: an enrolment is damaged.
+    """
+    keys = {name: paper.node_key for name, paper in admitted(home).items()}
+    with Control(home) as control:
+        control.wait_until_ready()
+        control.keep(keys)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m server.gate", description=__doc__.splitlines()[0])
@@ -160,6 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     authority = loopback_certificate(home)
     while not authority.exists():  # the SuperLink, which makes it, is being started beside
         time.sleep(0.1)
+    try:
+        let_in(home)
+    except CoadaptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     app = gate(
         upstream=superlink_url(settings),
         verify=ssl.create_default_context(cafile=str(authority)),

@@ -53,17 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = load_settings(home)
     private_folder(home.database.parent)
     certificate, key = _certificate(home)
-    neutral = home.database.parent / "empty"  # Flower's workers take modules from their folder before the installed ones
+    neutral = (
+        home.database.parent / "empty"
+    )  # Flower's workers take modules from their folder before the installed ones
     neutral.mkdir(exist_ok=True)
     os.chdir(neutral)
     command = [
-        *(sys.executable, "-c", "from flwr.superlink.cli import flower_superlink; flower_superlink()"),
+        *(sys.executable, "-P", "-c", "from flwr.superlink.cli import flower_superlink; flower_superlink()"),
         *("--ssl-ca-certfile", str(loopback_certificate(home)), "--ssl-certfile", str(certificate)),
         *("--ssl-keyfile", str(key), "--enable-supernode-auth", "--database", str(home.database)),
         *("--host", LOOPBACK, "--port", str(settings.superlink_port)),
         "--disable-runtime-dependency-installation",
     ]
-    os.execve(sys.executable, command, _environment(home))  # noqa: S606  # no shell, and nothing from outside in it
+    os.execve(sys.executable, command, _environment(home))  # no shell, and nothing from outside in it
 
 
 def _environment(home: CoordinatorHome) -> dict[str, str]:
@@ -82,7 +84,10 @@ def _certificate(home: CoordinatorHome) -> tuple[Path, Path]:
     """The loopback certificate and its key, made anew where there is none or it ends soon."""
     folder = home.database.parent
     certificate, key, authority = folder / "server.pem", folder / "server.key", loopback_certificate(home)
-    if not (certificate.exists() and key.exists() and authority.exists()) or expiry(certificate.read_bytes())[0] != "ok":
+    if (
+        not (certificate.exists() and key.exists() and authority.exists())
+        or expiry(certificate.read_bytes())[0] != "ok"
+    ):
         signs = new_authority("Coadapt loopback")
         pair = new_server(signs, ["localhost", LOOPBACK])
         key.unlink(missing_ok=True)
@@ -175,33 +180,18 @@ class Control:
             if node.status != "unregistered"
         ]
 
-    def register(self, node_keys: Mapping[str, str]) -> None:
-        """Let nodes with these keys (OpenSSH lines, by site name) in; those that are known stay."""
-        from flwr.proto.control_pb2 import RegisterNodeRequest
+    def keep(self, node_keys: Mapping[str, str]) -> None:
+        """Let the nodes with these keys (OpenSSH lines, by site name) in, and no others; those that are known stay."""
+        from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
-        known = self._known_keys()
-        for name, line in node_keys.items():
-            key = _key_bytes(line)
-            if key in known:
-                continue
-            with _told():
-                self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-
-    def unregister(self, line: str) -> None:
-        """Let the node with this key in no more."""
-        from flwr.proto.control_pb2 import UnregisterNodeRequest
-
-        node = self._known_keys().get(_key_bytes(line))
-        if node is not None:
-            with _told():
-                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node))
-
-    def _known_keys(self) -> dict[bytes, int]:
-        from flwr.proto.control_pb2 import ListNodesRequest
-
+        wanted = {_key_bytes(line): name for name, line in node_keys.items()}
         with _told():
             found = self._client.ListNodes(ListNodesRequest()).nodes_info
-        return {bytes(node.public_key): node.node_id for node in found if node.status != "unregistered"}
+            known = {bytes(node.public_key): node.node_id for node in found if node.status != "unregistered"}
+            for key in wanted.keys() - known.keys():
+                self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=wanted[key]))
+            for key in known.keys() - wanted.keys():
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=known[key]))
 
     def submit(self, run_id: str) -> int:
         """Have Flower start the server app for a run; Flower's number for it."""

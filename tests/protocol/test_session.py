@@ -482,5 +482,3 @@ def mutated(rng: np.random.Generator, data: bytes) -> bytes:
             case _:
                 out += out[place : place + 10]
     return bytes(out)
-
-

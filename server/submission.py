@@ -1,0 +1,108 @@
+"""A run as whoever started it sees it: submitted to Flower, followed by its events, stopped, and told how it ended."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from common.durable import write_text
+from common.errors import RunError
+from common.progress import Event, RunStarted, RunStopped, read_events
+from server.field_summary import FieldSummary
+from server.home import CoordinatorHome
+from server.superlink import Control
+
+__all__ = ["follow", "require_free", "submit", "summary_of"]
+
+_LOOK_SECONDS = 0.5
+_SUBMISSION = "submission.json"  # Flower's number of the run's newest app
+
+
+def require_free(home: CoordinatorHome, control: Control) -> None:
+    """Refuse a second run beside one that goes on.
+
+    Raises:
+        RunError: there is one.
+    """
+    for path in sorted(home.processes.glob(f"*.{_SUBMISSION}")):
+        number = json.loads(path.read_bytes())["flower_run"]
+        if not control.run(number).over:
+            name = path.name.removesuffix(f".{_SUBMISSION}")
+            raise RunError(f"run {name} goes on; wait for it, or end it with `coadapt run --stop {name}`")
+
+
+def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> int:
+    """Have Flower start the run's app; Flower's number for it.
+
+    Raises:
+        RunError: there is (or, to resume, is not) such a run, or it has finished.
+        ServiceError: the SuperLink does not answer.
+    """
+    folder = home.runs / run_id
+    if resume and not (folder / "rounds").is_dir():
+        raise RunError(f"there is no run {run_id} in {home.runs} to resume; without --resume a new one begins")
+    if not resume and folder.exists():
+        raise RunError(f"{folder} exists already; go on with --resume {run_id}, or choose another --run-id")
+    if resume and (before := summary_of(folder)) is not None and before.status == "finished":
+        raise RunError(f"run {run_id} has finished; its adapter is {folder / 'adapter'}")
+    with Control(home) as control:
+        require_free(home, control)
+        number = control.submit(run_id)
+    home.runs.mkdir(parents=True, exist_ok=True)
+    write_text(home.processes / f"{run_id}.{_SUBMISSION}", json.dumps({"flower_run": number}) + "\n")
+    return number
+
+
+def follow(home: CoordinatorHome, run_id: str, number: int) -> Iterator[Event]:
+    """The run's events as they come, until its app has ended.
+
+    Raises:
+        RunError: the app ended before it could write any, with what Flower says of it.
+    """
+    path, seen = home.runs / run_id / "events.jsonl", _count(home.runs / run_id / "events.jsonl")
+    begun = False
+    with Control(home) as control:
+        while True:
+            over = control.run(number).over
+            for event in _from(path, seen):
+                seen += 1
+                begun = begun or isinstance(event, RunStarted)
+                yield event
+                if begun and isinstance(event, RunStopped):
+                    return
+            if over:
+                break
+            time.sleep(_LOOK_SECONDS)
+        details = control.run(number).details
+    raise RunError(
+        f"the coordinator's app of run {run_id} ended before the run did: {details or 'no reason given'}; resume it"
+        f" with coadapt run --resume {run_id}"
+    )
+
+
+def summary_of(folder: Path) -> FieldSummary | None:
+    """A run's summary; None where it has none yet.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = folder / "summary.json"
+    try:
+        return FieldSummary.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}); restore it from a backup") from error
+
+
+def _count(path: Path) -> int:
+    return sum(1 for _ in _from(path, 0))
+
+
+def _from(path: Path, seen: int) -> Iterator[Event]:
+    if path.exists():
+        for place, event in enumerate(read_events(path)):
+            if place >= seen:
+                yield event
