@@ -183,9 +183,7 @@ def resigned(hospitals: Hospitals, **changes: str) -> None:
     home = CoordinatorHome(hospitals.coordinator)
     paper = read_paper(Invitation, home.invitation.read_bytes(), source="invitation")
     parts = {"address": paper.address, "certificate": paper.certificate, "manifest": paper.manifest, **changes}
-    home.invitation.write_text(
-        Invitation.of(home.identity(), SignedRoster.from_json(paper.roster), **parts).to_json()
-    )
+    home.invitation.write_text(Invitation.of(home.identity(), SignedRoster.from_json(paper.roster), **parts).to_json())
 
 
 @pytest.mark.parametrize("what", ["manifest", "address", "certificate"])

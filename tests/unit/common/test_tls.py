@@ -61,7 +61,9 @@ class Listener:
         self.thread.join(5)
 
 
-def look(folder: Path, pair: Pair, authority: bytes, host: str = "127.0.0.1", **more: datetime.datetime) -> dict[str, str]:
+def look(
+    folder: Path, pair: Pair, authority: bytes, host: str = "127.0.0.1", **more: datetime.datetime
+) -> dict[str, str]:
     """Levels by what was looked at, of a real handshake."""
     (folder / "authority.pem").write_bytes(authority)
     listener = Listener(folder, pair, **more)
