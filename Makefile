@@ -8,7 +8,7 @@ READY := $(VENV)/.installed
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: install simulate test check format clean
+.PHONY: install simulate federation test check format clean
 
 install: $(READY)
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 simulate: $(READY)
 	$(BIN)/coadapt simulate simulations/scenarios/contracts.toml
+
+federation: $(READY)
+	$(BIN)/python -m pytest tests/integration/test_federation.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -41,6 +41,9 @@ GRACE_SECONDS = 20.0
 LAUNCH_SECONDS = 30.0
 MOST_LOG_BYTES = 32 << 20
 
+# Supervisors outlive their starter; a process object that is dropped while its process runs would warn of it.
+_launched: list[subprocess.Popen[bytes]] = []
+
 # The start of a process as psutil computes it may differ in the last digits from one reading to the next.
 START_TOLERANCE_SECONDS = 1.0
 
@@ -133,6 +136,7 @@ def launch(programs: Sequence[Program], folder: Path, logs: Path) -> None:
             env=_environment({}),
             start_new_session=True,
         )
+    _launched.append(process)
     deadline = time.monotonic() + LAUNCH_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
