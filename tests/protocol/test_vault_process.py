@@ -1,6 +1,7 @@
 """The vault as a process, killed at every stage: it comes back, and releases at most one vector for a round."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -237,6 +238,8 @@ def test_one_vault_serves_a_home_and_stops_at_once(field: Callable[..., Field]) 
     assert site.process.wait(timeout=20) == 0
     assert time.monotonic() - began < 5
     assert not site.home.socket.exists()
+    lines = (site.home.folder / "stderr").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines if line.startswith("{")] == ["ready", "stopping"]
     site.start()
     begun(it, 1, 1).to_the_end()
     assert Ledger(site.home.folder / "ledger").rounds_of(it.manifest.digest(), it.run_id) == [1]
