@@ -1,4 +1,4 @@
-"""What a manifest asks for, held against the site's policy. No torch.
+"""What a manifest asks for, held against the site's policy.
 
 Each breach is one line of setting, what is asked and what is allowed: numbers and names of settings alone, so it may be
 told to the coordinator.

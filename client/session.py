@@ -1,4 +1,4 @@
-"""What a vault does with an order: signed bytes in, signed bytes out, whatever the order holds. No torch.
+"""What a vault does with an order: signed bytes in, signed bytes out, whatever the order holds.
 
     1. size, signature of the coordinator, this federation, roster, manifest and site
     2. newer than every order before; the very same order gets the same answer

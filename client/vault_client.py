@@ -21,7 +21,7 @@ def call_vault(socket: Path, data: bytes, *, timeout: float = 60.0) -> bytes:
     """The answer frame to an order frame; `timeout` in seconds.
 
     Raises:
-        ServiceError: no vault answers there, or the order is larger than it takes.
+        ServiceError: no vault answers there, the order is far larger than it takes, or too many come at once.
     """
     with grpc.insecure_channel(f"unix:{socket.absolute()}", options=_OPTIONS) as channel:
         call = channel.unary_unary(f"/{SERVICE}/{METHOD}")
@@ -30,7 +30,7 @@ def call_vault(socket: Path, data: bytes, *, timeout: float = 60.0) -> bytes:
         except grpc.RpcError as error:
             code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
             advice = (
-                "it takes no order as large (limits.message_bytes of its site.toml)"
+                "the order is larger than limits.message_bytes of its site.toml, or too many come at once"
                 if code == "RESOURCE_EXHAUSTED"
                 else "start it with `coadapt site start`"
             )

@@ -106,7 +106,7 @@ def open_session(home: SiteHome, executor: Executor, log: Log) -> Session:
 
 
 def _vault(policy: SitePolicy, manifest: Manifest, log: Path) -> Trains:
-    """Read the records and load the base model. Torch is imported here, in the thread that trains, and not before."""
+    """Read the records and load the base model, in the thread that trains."""
     import torch
 
     from client.vault import Vault

@@ -60,6 +60,12 @@ WITHOUT_TORCH = (
     "server.secure_collection",
     "common.metrics",
     "client.relay",
+    "client.vault_client",
+    "client.audit_log",
+    "client.hours",
+    "client.run_folder",
+    "client.site_run",
+    "client.background",
     "client.units",
     "client.records",
 )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from client.ledger import Account, Charge, Ledger
-from common.errors import BudgetError, LedgerError
+from common.errors import BudgetError, LedgerError, SnapshotRefused
 from common.privacy.accounting import Steps, rdp_epsilon
 
 ACCOUNT = Account("patients", 8.0, 1e-5)
@@ -228,3 +228,31 @@ def _charge_and_release(folder: Path, sender: Any) -> None:
         number += 1
         ledger.charge(RICH, charge(number), ["anna", str(number)])
         sender.send(number)
+
+
+class TestHead:
+    def test_it_is_the_number_of_entries_and_the_last_digest(self, tmp_path: Path) -> None:
+        ledger = Ledger(tmp_path / "ledger")
+        assert ledger.head() == (0, "")
+        heads = []
+        for number in (1, 2, 3):
+            ledger.charge(RICH, charge(number), ["anna"])
+            heads.append(ledger.head())
+        assert [number for number, _ in heads] == [1, 2, 3]
+        assert len({digest for _, digest in heads}) == 3
+        for head in [(0, ""), *heads]:
+            ledger.require_at_least(*head)
+
+    def test_an_older_copy_and_another_ledger_are_refused(self, tmp_path: Path) -> None:
+        ledger = charged(tmp_path / "ledger", 2)
+        number, digest = ledger.head()
+        other = charged(tmp_path / "other", 2)
+        for wrong in ((number + 1, "0" * 64), (number, "0" * 64), (number, other.head()[1]), (number - 1, digest)):
+            with pytest.raises(SnapshotRefused, match="has 2 entries and is not the one of which others have seen"):
+                ledger.require_at_least(*wrong)
+
+    def test_rounds_are_those_of_one_run_under_one_manifest(self, tmp_path: Path) -> None:
+        ledger = charged(tmp_path / "ledger", 2)
+        assert ledger.rounds_of("0" * 64, "run") == [1, 2]
+        assert ledger.rounds_of("1" * 64, "run") == []
+        assert ledger.rounds_of("0" * 64, "other") == []

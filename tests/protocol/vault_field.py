@@ -5,7 +5,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -25,7 +25,7 @@ from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.frames import Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
 from common.identity import Identity
-from common.messages import Envelope, Evaluated, Refused, RoundDone, RoundStart, decode, encode
+from common.messages import Envelope, Refused, RoundDone, RoundStart, decode, encode
 from common.privacy.accounting import Steps
 from common.progress import Event
 from common.randomness import system_bytes
@@ -132,9 +132,14 @@ class SiteHere:
 
 
 class Field:
-    """A coordinator, its sites, and a channel between them. `run_id` may be changed, for a second run."""
+    """A coordinator, its sites, and a channel between them. `run_id` may be changed, for a second run.
 
-    def __init__(self, folder: Path, manifest: Manifest, *, sites: int = 3, **tables: Any) -> None:
+    `make` makes a site that is none of these stand-ins: it needs a `session` with an `answer`, and a `start`.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, sites: int = 3, make: Callable[..., Any] | None = None, **tables: Any
+    ) -> None:
         self.folder, self.manifest, self.run_id = folder, manifest, "run-1"
         self.coordinator, self.keys = Identity.generate(), [Identity.generate() for _ in range(sites)]
         self.names = tuple(f"s{number}" for number in range(sites))
@@ -156,7 +161,10 @@ class Field:
         self.seen: dict[int, LedgerHead] = {}
         self.events: list[Event] = []
         self.frames: list[bytes] = []
-        self.sites = [SiteHere(folder / name, n, self, policy_of(**tables)) for n, name in enumerate(self.names)]
+        self.heard: list[bytes] = []
+        self.signed = signed
+        new = make or SiteHere
+        self.sites = [new(folder / name, n, self, policy_of(**tables)) for n, name in enumerate(self.names)]
 
     def change_of(self, number: int) -> AdapterState:
         return {"w": np.full(12, 1e-4 * (number + 1), np.float32)}
@@ -210,6 +218,7 @@ class Field:
 
     def read(self, site: int, answer: bytes) -> tuple[Answer, bytes]:
         header, payload = open_frame(Answer, self.keys[site].public, answer)
+        self.heard.append(payload)
         if header.ledger is not None and header.kind != "refused":
             self.seen[site] = header.ledger
         return header, payload
@@ -234,6 +243,3 @@ class Field:
                 yield Reply(name, None, "", len(said), len(data), said)
             else:
                 yield Reply(name, decode(said), "", len(said), len(data))
-
-
-__all__ = ["NOON", "POLICY", "Evaluated", "Field", "Made", "SiteHere", "policy_of"]

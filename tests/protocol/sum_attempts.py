@@ -1,6 +1,6 @@
 """The coordinator's side of one attempt at a sum, step by step, so that a test may stop between two."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.codec.vector import DecodedSum, decode_words
@@ -11,14 +11,14 @@ from common.summed import Request, agreed, sum_number
 
 
 class Attempt:
-    """An attempt over all sites of `it`, which has what a `field.Field` has: coordinator, roster, manifest, adapter,
-    names and `settled`."""
+    """An attempt over `sites` (all) of `it`, which has what a `vault_field.Field` has: coordinator, roster, manifest,
+    adapter, names and `settled`."""
 
-    def __init__(self, it: Any, header: Request, number: int, *, accepted: int = 0) -> None:
+    def __init__(self, it: Any, header: Request, number: int, *, accepted: int = 0, sites: Sequence[int] = ()) -> None:
         self.it = it
         tensors = it.adapter
         shapes = {name: array.shape for name, array in tensors.items()}
-        sites = list(range(len(it.names)))
+        sites = list(sites) or list(range(len(it.names)))
         self.what = agreed(
             it.manifest, Envelope(header=header, tensors=tensors), shapes, accepted=accepted, sites=len(sites)
         )
