@@ -7,6 +7,7 @@ submitted it can be told, and the folder stays as it is, to be resumed.
 import contextlib
 import threading
 from pathlib import Path
+from typing import Literal
 
 from common.adapters import attach, first_state, save_adapter
 from common.codec.state import AdapterState
@@ -117,7 +118,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
             report=log,
         )
         log(PhaseStarted(phase="rounds"))
-        status, reason = "finished", ""
+        status: Literal["finished", "interrupted", "failed"] = "finished"
+        reason = ""
         try:
             store.save_result(coordinator.run())
         except Interrupted:

@@ -59,7 +59,7 @@ def first_line(manifest: Manifest) -> str:
     promise = (
         "There was no differential privacy."
         if private is None
-        else f"At each site each {private.unit} is protected with epsilon {private.epsilon:g} at delta {private.delta:g}."
+        else f"Each {private.unit} is protected at its site: epsilon {private.epsilon:g}, delta {private.delta:g}."
     )
     return f"{sums} {promise}"
 
@@ -69,7 +69,7 @@ def write_summary(
     manifest: Manifest,
     roster: Roster,
     coordinator: Coordinator,
-    status: str,
+    status: Literal["finished", "interrupted", "failed"],
     reason: str,
     refusals: dict[str, str],
 ) -> None:
@@ -92,7 +92,7 @@ def write_summary(
         first_line=first_line(manifest),
         run_id=store.folder.name,
         federation=manifest.name,
-        status=status,  # type: ignore[arg-type]  # one of the literals
+        status=status,
         reason=reason,
         manifest_sha256=manifest.digest(),
         roster_sha256=roster.digest().hex(),

@@ -1,6 +1,8 @@
 """A run as whoever started it sees it: submitted to Flower, followed by its events, stopped, and told how it ended."""
 
+import datetime
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from server.field_summary import FieldSummary
 from server.home import CoordinatorHome
 from server.superlink import Control
 
-__all__ = ["follow", "require_free", "submit", "summary_of"]
+__all__ = ["end", "follow", "new_run_id", "require_free", "submit", "summary_of"]
 
 _LOOK_SECONDS = 0.5
 _SUBMISSION = "submission.json"  # Flower's number of the run's newest app
@@ -53,6 +55,26 @@ def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> int:
     home.runs.mkdir(parents=True, exist_ok=True)
     write_text(home.processes / f"{run_id}.{_SUBMISSION}", json.dumps({"flower_run": number}) + "\n")
     return number
+
+
+def end(home: CoordinatorHome, run_id: str) -> None:
+    """Have Flower end a run's app; what is stored stays, and the run can be resumed.
+
+    Raises:
+        RunError: no such run was submitted.
+        ServiceError: the SuperLink does not answer.
+    """
+    path = home.processes / f"{run_id}.{_SUBMISSION}"
+    if not path.exists():
+        raise RunError(f"no run {run_id} was submitted here")
+    with Control(home) as control:
+        control.stop(json.loads(path.read_bytes())["flower_run"])
+
+
+def new_run_id(name: str) -> str:
+    """The federation's name and the time."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def follow(home: CoordinatorHome, run_id: str, number: int) -> Iterator[Event]:

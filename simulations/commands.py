@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from client.commands import site
-from common.errors import CoadaptError, ManifestError
+from common.errors import CoadaptError, ManifestError, RunError
 from server.commands import coordinator
 
 __all__ = ["app", "main"]
@@ -141,6 +141,45 @@ def _sweep(
     console.print(f"report: {folder / 'sweep.html'}", highlight=False, soft_wrap=True)
     if summary.points[-1].status == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def run(
+    home: Annotated[Path, typer.Option("--home", metavar="DIR", help="The coordinator's folder.")] = Path(),
+    run_id: Annotated[str | None, typer.Option(help="Name of the run; default: name and time.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that was cut off.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="RUN", help="End a run that goes on; it can be resumed.")] = None,
+) -> None:
+    """Run the agreed federation between institutions, and show how it goes."""
+    from server.field_run import prepared
+    from server.home import CoordinatorHome
+    from server.submission import end, follow, new_run_id, submit, summary_of
+    from simulations.live import LiveView
+
+    console, place = Console(), CoordinatorHome(home.absolute())
+    if stop is not None:
+        end(place, stop)
+        console.print(f"{stop} was asked to stop; go on with --resume {stop}", highlight=False, soft_wrap=True)
+        return
+    manifest, _ = prepared(place)
+    name = resume or run_id or new_run_id(manifest.name)
+    number = submit(place, name, resume=resume is not None)
+    with LiveView(console) as view:
+        try:
+            for event in follow(place, name, number):
+                view(event)
+        except KeyboardInterrupt:
+            end(place, name)
+            raise
+    summary = summary_of(place.runs / name)
+    if summary is None:
+        raise RunError(f"run {name} ended without a summary; {place.logs} says why")
+    console.print(summary.first_line, highlight=False, soft_wrap=True)
+    for site_name, words in summary.refusals.items():
+        console.print(f"{site_name} refused: {words}", highlight=False, soft_wrap=True, markup=False)
+    if summary.status != "finished":
+        raise RunError(f"run {name} {summary.status}: {summary.reason}; go on with coadapt run --resume {name}")
+    console.print(f"adapter: {place.runs / name / 'adapter'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
