@@ -1,0 +1,36 @@
+"""How the relay reaches the vault: one call over a Unix socket, bytes in and bytes out. No torch, no records."""
+
+from pathlib import Path
+
+import grpc
+
+from common.errors import ServiceError
+
+__all__ = ["METHOD", "SERVICE", "call_vault"]
+
+SERVICE = "coadapt.Vault"
+METHOD = "Answer"
+
+# The vault has a limit of its own, from its policy; Flower's pieces and the gate have theirs.
+_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+
+def call_vault(socket: Path, data: bytes, *, timeout: float = 60.0) -> bytes:
+    """The answer frame to an order frame; `timeout` in seconds.
+
+    Raises:
+        ServiceError: no vault answers there, the order is far larger than it takes, or too many come at once.
+    """
+    with grpc.insecure_channel(f"unix:{socket.absolute()}", options=_OPTIONS) as channel:
+        call = channel.unary_unary(f"/{SERVICE}/{METHOD}")
+        try:
+            answer: bytes = call(data, timeout=timeout)
+        except grpc.RpcError as error:
+            code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
+            advice = (
+                "the order is larger than limits.message_bytes of its site.toml, or too many come at once"
+                if code == "RESOURCE_EXHAUSTED"
+                else "start it with `coadapt site start`"
+            )
+            raise ServiceError(f"the vault at {socket} did not answer ({code}); {advice}") from error
+    return answer
