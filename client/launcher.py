@@ -1,113 +1,210 @@
-"""What runs as `flwr-clientapp` at a site: Flower's own client process, held to the one app that is installed here.
+"""What runs in place of Flower's own commands at a site: Flower as it is, with what a coordinator could misuse closed.
 
-Flower would unpack whatever bundle a coordinator sends and run it. Here the bundle's SHA-256 is compared with the one
-that this version generates itself, and it is not unpacked even then: the app comes from the installed package. Since
-this replaces functions of Flower, everything is refused where Flower's source is not the one that it was written for.
+    python -m client.launcher supernode ...     `flower-supernode`
+    python -m client.launcher superexec ...     `flower-superexec`, which the SuperNode starts
+    python -m client.launcher clientapp ...     `flwr-clientapp`, which the SuperExec starts for each message
+
+Flower's control API lets whoever reaches it ship code to every site. Here nothing that is shipped is unpacked or run:
+the bundle's digest must be that of the one bundle without code, and what runs is the installed `client.app:app`. Only
+client apps are started, whatever kind of task a run asks for. What Flower would say of an error is replaced by a fixed
+word. Flower's own waits are shortened. Each change is made to a module whose text is pinned (`client/flower_pins.py`).
 """
 
 import hashlib
-import inspect
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from common.app_bundle import app_digest
-from common.errors import AppRefused
+from client.flower_pins import require_known_flower
+from common.errors import AppRefused, CoadaptError, EnrolmentError, error_code
+from common.flower import ClientApp
 
-__all__ = ["KNOWN", "fit", "main", "source_digest"]
+__all__ = ["AGREEMENT", "admit", "agreed_digest", "main"]
 
-# SHA-256 of the source of what is relied on, in flwr 1.41.0. `python -m client.launcher --sources` prints those found.
-KNOWN: dict[str, str] = {
-    "flwr.supernode.runtime.run_clientapp": "fa6612aaeda9cd398de69199b0cf264a38f72c1b9cfdc53644c8d6dab0b70eb6",
-    "flwr.supernode.cli.flwr_clientapp": "e87dccf7a82b0447c6dac323c6bbfc1ffd2e70e7837d7f5c39b18b86b7b39c98",
-    "flwr.supernode.start_client_internal": "d6342f743fdf768f63305b88414ae2654e9a21bda153739da19c608e8d375067",
-    "flwr.supercore.superexec.executor.subprocess_executor": (
-        "8fca14d06c1531f0895952719e9194a3f62e9cd0de4148a6d2cdd5cdaf051f39"
-    ),
-}
+# Environment variable with the path of the agreement's copy in the relay's folder.
+AGREEMENT = "COADAPT_AGREEMENT"
 
-# What Flower may say about a failure here: the text of an exception could hold anything.
-_REFUSED = "refused: this app bundle is not the one that is installed at the site"
-_FAILED = "failed at the site"
+# Flower's SuperNode waits 3 s between looks for a message, and 0.5 s between looks for the relay's reply.
+IDLE_SECONDS = 0.5
+REPLY_SECONDS = 0.05
 
-
-def source_digest(module: str) -> str:
-    """SHA-256 in hex of a module's source."""
-    __import__(module)
-    return hashlib.sha256(inspect.getsource(sys.modules[module]).encode()).hexdigest()
+# What Flower may say to the coordinator of an error that is not of Coadapt's tree.
+UNEXPECTED = "relay"
 
 
-def require_known(*modules: str) -> None:
-    """Refuse a Flower that is not the one that this was written for.
+def agreed_digest() -> str:
+    """The digest of the only bundle that may run: what the person agreed to, which must be what is installed.
 
     Raises:
-        AppRefused: the source of one of the modules is another.
+        AppRefused: the agreement was made with another version of Coadapt.
+        EnrolmentError: there is no agreement, or it is damaged.
     """
-    for module in modules:
-        if source_digest(module) != KNOWN[module]:
-            raise AppRefused(
-                f"the installed Flower's {module} is not that of flwr 1.41.0, and nothing of it is run; install the"
-                " pinned version"
-            )
+    from client.home import Agreement
+    from common.app_bundle import app_digest
+
+    path = Path(os.environ.get(AGREEMENT, ""))
+    try:
+        agreed = Agreement.model_validate_json(path.read_bytes()).app_sha256
+    except (OSError, ValueError) as error:
+        raise EnrolmentError(
+            f"{path} is no agreement ({type(error).__name__}); `coadapt site join` makes it"
+        ) from error
+    if agreed != app_digest():
+        raise AppRefused("the app bundle that was agreed to is another version's; join again with `coadapt site join`")
+    return agreed
 
 
-def fit(module: Any, note: Callable[[str], None]) -> None:
-    """Replace what would unpack, install and load a bundle in Flower's client. `note` is told of refused ones."""
+def admit(bundle: bytes, digest: str) -> None:
+    """Refuse any bundle but the agreed one; nothing in it is looked at.
 
-    def admit(content: bytes, *_: Any, **__: Any) -> None:
-        found = hashlib.sha256(content).hexdigest()
-        if found != app_digest():
-            note(found)
-            raise AppRefused(_REFUSED)
+    Raises:
+        AppRefused: it is another.
+    """
+    found = hashlib.sha256(bundle).hexdigest()
+    if found != digest:
+        raise AppRefused(f"the coordinator's app bundle {found[:16]} is not the one agreed to, {digest[:16]}")
 
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise AppRefused("a site installs nothing that a coordinator asks for")
 
-    def installed(**_: Any) -> Callable[..., Any]:
-        def load(*_: Any) -> Any:
+def _clientapp() -> None:
+    """One message: Flower's process, which gets the installed relay whatever the bundle says."""
+    from flwr.app.error import Error
+    from flwr.supernode.cli import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp as module
+
+    from client.app import SOCKET
+    from client.vault_client import tell_refused
+
+    digest = agreed_digest()
+    said = [UNEXPECTED]
+
+    def install(bundle: bytes, *_: object, **__: object) -> None:
+        try:
+            admit(bundle, digest)
+        except AppRefused as error:
+            said[0] = error_code(error)
+            tell_refused(Path(os.environ.get(SOCKET, "")), hashlib.sha256(bundle).hexdigest())
+            raise
+
+    def loader(*_: object, **__: object) -> Callable[[str, str, str], ClientApp]:
+        def load(*_: object) -> ClientApp:
             from client.app import app
 
             return app
 
         return load
 
-    flower_error = module.Error
+    push_output = module.push_task_output
 
-    def error(*, code: int, reason: str) -> Any:
-        return flower_error(code=code, reason=_REFUSED if _REFUSED in reason else _FAILED)
+    def push_task_output(client: Any, context: Any, sub_status: str, details: str) -> None:
+        push_output(client=client, context=context, sub_status=sub_status, details=said[0] if details else "")
 
-    module.install_from_fab = admit
-    module.install_app_dependencies = refuse
-    module.get_load_client_app_fn = installed
-    module.Error = error
-
-
-def _note(digest: str) -> None:
-    """Leave word of a refused bundle for the vault's audit log."""
-    from pathlib import Path
-
-    from client.app import SOCKET
-    from client.vault_client import tell_refused
-
-    socket = os.environ.get(SOCKET)
-    if socket:
-        tell_refused(Path(socket), digest)
+    _replace(
+        module,
+        install_from_fab=install,
+        get_load_client_app_fn=loader,
+        get_project_dir=lambda *_: Path(),  # only shown to the installation of dependencies, which is off
+        install_app_dependencies=_no_dependencies,
+        push_task_output=push_task_output,
+        Error=lambda *, code, reason: Error(code=code, reason=said[0]),
+    )
+    flwr_clientapp.flwr_clientapp()
 
 
-def main() -> None:
-    """Flower's client process, fitted."""
-    if sys.argv[1:] == ["--sources"]:
-        for name in KNOWN:
-            print(f'    "{name}": "{source_digest(name)}",')
-        return
-    require_known("flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp")
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-    from flwr.supernode.runtime import run_clientapp
+def _no_dependencies(*_: object, **__: object) -> None:
+    raise AppRefused("a run asked for the installation of packages; a site installs none")
 
-    fit(run_clientapp, _note)
-    flwr_clientapp()
+
+def _superexec() -> None:
+    """Flower's starter of processes, which is told that it knows client apps alone."""
+    from flwr.supercore.cli import flower_superexec
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec import run_superexec as module
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    _replace(module.AutoExecPlugin, supported_task_types=frozenset({TaskType.CLIENT_APP}))
+    _replace(
+        subprocess_executor,
+        TASK_TYPE_TO_COMMAND={TaskType.CLIENT_APP: subprocess_executor.TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]},
+        subprocess=SimpleNamespace(Popen=_reaped, DEVNULL=subprocess.DEVNULL),
+    )
+    flower_superexec.flower_superexec()
+
+
+def _reaped(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a process and wait for it in the background: Flower leaves a zombie for each message."""
+    process = subprocess.Popen(command, **options)
+    threading.Thread(target=process.wait, daemon=True).start()
+    return process
+
+
+def _supernode() -> None:
+    """Flower's resident node: it looks into no bundle, asks for client apps alone, and ends with its SuperExec."""
+    from flwr.supercore.constant import TaskType
+    from flwr.supernode import start_client_internal as module
+    from flwr.supernode.cli import flower_supernode
+
+    def sleep(seconds: float) -> None:
+        time.sleep(IDLE_SECONDS if seconds >= 1 else REPLY_SECONDS)
+
+    def started(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(command, **options)
+        threading.Thread(target=_end_with, args=(process,), daemon=True).start()
+        return process
+
+    _replace(
+        module,
+        # A run of Flower's agents would otherwise start `flwr-agentapp`, and no other message would be taken till then.
+        TaskType=SimpleNamespace(AGENT_APP=TaskType.CLIENT_APP, CLIENT_APP=TaskType.CLIENT_APP),
+        get_fused_config_from_fab=lambda *_: {},  # it would unzip the bundle here, before anyone admitted it
+        time=SimpleNamespace(sleep=sleep),
+        subprocess=SimpleNamespace(Popen=started),
+    )
+    flower_supernode.flower_supernode()
+
+
+def _end_with(process: "subprocess.Popen[bytes]") -> None:
+    """A SuperNode without its SuperExec takes messages and never answers; its supervisor starts both anew."""
+    process.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _replace(place: object, **values: object) -> None:
+    for name, value in values.items():
+        if not hasattr(place, name):
+            raise AppRefused(
+                f"Flower's {getattr(place, '__name__', place)} has no {name}; the launcher does not know it"
+            )
+        setattr(place, name, value)
+
+
+COMMANDS: Mapping[str, Callable[[], None]] = {
+    "supernode": _supernode,
+    "superexec": _superexec,
+    "clientapp": _clientapp,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one of Flower's commands with the rest of the arguments, or end with 78 (a wrong set-up) and a line."""
+    if not arguments or arguments[0] not in COMMANDS:
+        print(f"one of {', '.join(COMMANDS)} is wanted, found {arguments[:1]}", file=sys.stderr)
+        return 64
+    sys.argv = arguments
+    try:
+        require_known_flower()
+        COMMANDS[arguments[0]]()
+    except CoadaptError as error:
+        print(error, file=sys.stderr)
+        return 78
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

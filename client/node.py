@@ -1,191 +1,178 @@
-"""The relay's side of a site: Flower's SuperNode, started so that it can run nothing but the installed relay.
+"""Keeps a site's Flower node running: starts it with nothing but our launchers on its path, and again when it ends.
 
-    python -m client.node HOME
+    python -P -m client.node FOLDER      of a site that has joined; it needs FOLDER/relay and nothing else there
 
-Flower starts its helpers by name. Here the search path holds one folder, in which two names lead to Coadapt's launcher
-and Flower's dispatcher, and every other name of Flower's to a refusal. The SuperNode itself is Flower's, but for its
-pause of three seconds between two looks for a message, which is shortened.
+Flower refuses a node whose predecessor it has not yet missed (at most 60 s), and the node then ends instead of trying
+again: it is started again after waits that grow. HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE of the environment hold.
 """
 
-import contextlib
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
-
-from pydantic import ValidationError
 
 from client.app import SOCKET
+from client.flower_pins import require_known_flower
 from client.home import Agreement, SiteHome
-from client.launcher import require_known
-from common.app_bundle import app_digest
-from common.errors import AppRefused, CoadaptError, EnrolmentError
+from client.launcher import AGREEMENT, agreed_digest
+from common.durable import write_text
+from common.errors import CoadaptError, EnrolmentError, ServiceError
 
-__all__ = ["command", "main", "write_commands"]
+__all__ = ["Node", "end_group", "free_port", "write_launchers"]
 
-# How long Flower waits after it found no message (3 s in its code), and its dispatcher for a task (1 s by default).
-IDLE_SECONDS = 0.25
-TASK_SECONDS = "0.05"
+LAUNCHERS = {"flwr-clientapp": "clientapp", "flower-superexec": "superexec"}
 
-# A SuperLink refuses a node that it still believes to be there, for up to 60 seconds, with this exit status.
-REFUSED_STATUS = 305 & 0xFF
-AGAIN_SECONDS = 15.0
-FIRST_AGAIN_SECONDS = 1.0
-WELL_SECONDS = 120.0
+# Waits in seconds before the next start. Together they are longer than the 60 s in which Flower may refuse a node.
+DELAYS = (2.0, 5.0, 10.0, 20.0, 40.0, 65.0)
 
-_FLOWER = "--flower"
+# A node that ran so long was accepted; what ends it is something new.
+ACCEPTED_SECONDS = 60.0
+GRACE_SECONDS = 8.0
 
-# What Flower's processes get of the environment.
-_KEPT = (
-    *("HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH"),
-    *("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"),
-)
+# What a node may take over from whoever starts it.
+KEPT = ("HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+PROXY = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
-def write_commands(folder: Path) -> None:
-    """Write the only commands that the SuperNode and its children find."""
-    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
-
-    python = shlex.quote(sys.executable)
-    scripts = {
-        **dict.fromkeys(TASK_TYPE_TO_COMMAND.values(), "echo 'this site runs the installed relay alone' >&2\nexit 1\n"),
-        "uv": "exit 1\n",
-        "flwr-clientapp": f'exec {python} -P -m client.launcher "$@"\n',
-        "flower-superexec": (
-            f"exec {python} -P -c 'from flwr.supercore.cli import flower_superexec; flower_superexec()' \"$@\"\n"
-        ),
-    }
-    folder.mkdir(exist_ok=True)
-    for name, text in scripts.items():
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
-        path.chmod(0o755)
-
-
-def command(home: SiteHome, address: str) -> list[str]:
-    """How the SuperNode is started."""
-    certificate = home.certificate
-    trusted = ["--root-certificates", str(certificate)] if certificate.exists() and certificate.stat().st_size else []
-    return [
-        *(sys.executable, "-P", "-m", "client.node", _FLOWER, *trusted),
-        *("--superlink", address, "--host", "127.0.0.1", "--port", str(_free_port())),
-        *("--auth-supernode-private-key", str(home.node_key)),
-    ]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _environment(home: SiteHome) -> dict[str, str]:
-    return {
-        **{name: os.environ[name] for name in _KEPT if name in os.environ},
-        "PATH": str(home.relay / "commands"),
-        "FLWR_HOME": str(home.relay / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": TASK_SECONDS,
-        SOCKET: str(home.socket),
-    }
-
-
-def _keep_running(home: SiteHome) -> NoReturn:
-    """Start the SuperNode, and again whenever it ends; SIGTERM ends it with all that it has started."""
-    address = _agreement(home).address
-    write_commands(home.relay / "commands")
-    neutral = home.relay / "empty"
-    neutral.mkdir(exist_ok=True)
-    child: subprocess.Popen[bytes] | None = None
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        if child is not None:
-            _end_group(child)
-        os._exit(0)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    delay = FIRST_AGAIN_SECONDS
-    while True:
-        began = time.monotonic()
-        child = subprocess.Popen(command(home, address), env=_environment(home), cwd=neutral, start_new_session=True)
-        status = child.wait()
-        _end_group(child)  # its dispatcher would look for it no more
-        lasted = time.monotonic() - began
-        print(f"the SuperNode ended with status {status} after {lasted:.0f} s", file=sys.stderr, flush=True)
-        delay = FIRST_AGAIN_SECONDS if lasted > WELL_SECONDS else min(AGAIN_SECONDS, 2 * delay)
-        time.sleep(AGAIN_SECONDS if status == REFUSED_STATUS else delay)
-
-
-def _end_group(child: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-def _agreement(home: SiteHome) -> Agreement:
-    """What was agreed, from the relay's copy, since the relay cannot read the site's own.
+def write_launchers(folder: Path) -> Path:
+    """Make `folder` hold exactly the two commands that Flower may start; anything else there is removed.
 
     Raises:
-        EnrolmentError: it is missing or damaged.
-        AppRefused: this version's app is not the one that was agreed to.
+        ServiceError: the folder cannot be written.
     """
-    path = home.relay / "agreement.json"
     try:
-        agreement = Agreement.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EnrolmentError(
-            f"{path} cannot be used ({type(error).__name__}); `coadapt site join` writes it"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        for path in folder.iterdir():
+            if path.name not in LAUNCHERS:
+                path.unlink()
+        for name, command in LAUNCHERS.items():
+            path = folder / name
+            line = f'exec {shlex.quote(sys.executable)} -P -m client.launcher {command} "$@"'
+            write_text(path, f"#!/bin/sh\n{line}\n")
+            path.chmod(0o755)
+    except OSError as error:
+        raise ServiceError(
+            f"{folder} cannot be written: {error.strerror}; the relay needs a folder of its own"
         ) from error
-    if agreement.app_sha256 != app_digest():
-        raise AppRefused("Coadapt was changed since this site joined, and its app with it; join again")
-    return agreement
+    return folder
 
 
-def _flower(arguments: Sequence[str]) -> None:
-    """Become Flower's SuperNode, with a shorter pause.
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def end_group(process: "subprocess.Popen[bytes]", grace: float = GRACE_SECONDS) -> None:
+    """End a process that leads a group, and everything in the group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):  # nothing of the group is left
+            break
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+class Node:
+    """The node of the site in `home`. `run` returns when `stop` is set.
 
     Raises:
-        AppRefused: the installed Flower is not the one that this was written for.
+        EnrolmentError: the site has not joined.
+        AppRefused: Flower, or the agreed bundle, is not the one that this version knows.
     """
-    require_known("flwr.supernode.start_client_internal", "flwr.supercore.superexec.executor.subprocess_executor")
-    from flwr.supernode import start_client_internal
-    from flwr.supernode.cli import flower_supernode
 
-    class Clock:
-        """The module `time`, with a pause of three seconds shortened."""
+    def __init__(self, home: SiteHome, *, environment: Mapping[str, str] | None = None) -> None:
+        self._home = home
+        self._given = os.environ if environment is None else environment
+        self.stop = threading.Event()
+        self._agreement_file = home.relay.absolute() / "agreement.json"
+        try:
+            self._agreement = Agreement.model_validate_json(self._agreement_file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise EnrolmentError(
+                f"{self._agreement_file} cannot be used ({type(error).__name__}); `coadapt site join` makes it"
+            ) from error
+        os.environ[AGREEMENT] = str(self._agreement_file)
+        require_known_flower()
+        agreed_digest()
+        self._folder = home.relay.absolute() / "flower"
+        write_launchers(self._folder / "bin")
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(time, name)
+    def command(self) -> list[str]:
+        """How the SuperNode is started."""
+        command = [sys.executable, "-P", "-m", "client.launcher", "supernode"]
+        command += ["--superlink", self._agreement.address]
+        certificate = self._home.certificate.absolute()
+        if certificate.exists() and certificate.stat().st_size:
+            command += ["--root-certificates", str(certificate)]
+        command += ["--auth-supernode-private-key", str(self._home.node_key.absolute())]
+        return [*command, "--host", "127.0.0.1", "--port", str(free_port())]
 
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            time.sleep(IDLE_SECONDS if seconds == 3 else seconds)
+    def environment(self) -> dict[str, str]:
+        """All that Flower sees of the environment."""
+        wanted = (*KEPT, *PROXY, *(name.lower() for name in PROXY))
+        return {name: self._given[name] for name in wanted if name in self._given} | {
+            "PATH": str(self._folder / "bin"),
+            "FLWR_HOME": str(self._folder),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "OMP_NUM_THREADS": "1",
+            AGREEMENT: str(self._agreement_file),
+            SOCKET: str(self._home.socket.absolute()),
+        }
 
-    vars(start_client_internal)["time"] = Clock()
-    sys.argv = ["flower-supernode", *arguments]
-    flower_supernode()
+    def run(self) -> None:
+        """Start the node, and again whenever it ends, until `stop` is set."""
+        ends = 0
+        while not self.stop.is_set():
+            began = time.monotonic()
+            process = subprocess.Popen(
+                self.command(),
+                cwd=self._folder,
+                env=self.environment(),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+            )
+            try:
+                while process.poll() is None and not self.stop.wait(0.1):
+                    pass
+            finally:
+                end_group(process)
+            if self.stop.is_set():
+                return
+            ends = 0 if time.monotonic() - began >= ACCEPTED_SECONDS else ends + 1
+            delay = DELAYS[min(ends, len(DELAYS) - 1)]
+            print(f"Flower's node ended with {process.returncode}; it starts again in {delay:.0f} s", file=sys.stderr)
+            self.stop.wait(delay)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The process; it returns only where it cannot start."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: list[str]) -> int:
+    """Run a site's node until SIGTERM or SIGINT."""
+    if len(arguments) != 1:
+        print("the site's folder is wanted", file=sys.stderr)
+        return 64
     try:
-        if given[:1] == [_FLOWER]:
-            _flower(given[1:])
-        else:
-            _keep_running(SiteHome(Path(given[0]).absolute()))
+        node = Node(SiteHome(Path(arguments[0])))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: node.stop.set())
+        node.run()
     except CoadaptError as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 1
+        print(error, file=sys.stderr)
+        return 78
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -25,8 +25,8 @@ from server.channel import Interrupted, Reply
 
 __all__ = ["FieldChannel", "Heads"]
 
-# What a Flower message of ours is called; the relay registers this one handler.
-MESSAGE_TYPE = "query.order"
+# What a Flower message of ours is called; the relay answers messages of this kind.
+MESSAGE_TYPE = "query"
 
 # A lost message is sent again after so long: a node that is killed is noticed by Flower within 60 seconds.
 LOST_SECONDS = 90.0
