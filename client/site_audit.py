@@ -77,7 +77,7 @@ def _audited(manifest: Manifest, policy: SitePolicy, canaries: int, *, unsafe_wi
     model = resident(manifest)
     site = read_site(policy.name, manifest, train=Path(policy.data.train), held_out=None, columns=policy.data.columns)
     set_state(model.model, first_state(model.model, manifest.training.seed))
-    assert manifest.privacy is not None  # _claiming has seen it
+    assert manifest.privacy is not None  # noqa: S101  # _claiming has seen it
     return audit(
         model.model,
         model.task,
