@@ -187,7 +187,9 @@ class FieldChannel:
             return None
         return self._answered(task, answer, payload)
 
-    def _answered(self, task: _Task, answer: Answer, payload: bytes) -> Reply | None:
+    def _answered(  # noqa: PLR0911
+        self, task: _Task, answer: Answer, payload: bytes
+    ) -> Reply | None:
         self._remember(task.site, answer)
         name, down = self._names[task.site], len(task.payload)
         task.code = ""

@@ -176,7 +176,7 @@ class Control:
         self._call("StopRun", StopRunRequest(run_id=run))
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> int:  # noqa: RET503
     """Become Flower's SuperLink, in a folder in which no package lies that an app could take for its own."""
     if len(arguments) != 1:
         print("the coordinator's folder is wanted", file=sys.stderr)
