@@ -16,6 +16,7 @@ __all__ = ["FLOWER_VERSION", "PINNED", "module_digest", "require_known_flower"]
 
 FLOWER_VERSION = "1.41.0"
 
+# fmt: off
 PINNED: Mapping[str, str] = {
     "flwr.supernode.cli.flower_supernode": "e637b07a731536a63cb3d4e7d9293fef613c425b65363c4c64840aad263de1d9",
     "flwr.supernode.cli.flwr_clientapp": "e87dccf7a82b0447c6dac323c6bbfc1ffd2e70e7837d7f5c39b18b86b7b39c98",
@@ -28,9 +29,10 @@ PINNED: Mapping[str, str] = {
     "flwr.supercore.cli.flower_superexec": "1fae6c298bca26a7a8b478a48a33f6125c15c08503bd609cdf2075a0e298cbbd",
     "flwr.supercore.constant": "c9cf0b41ac90fed34dbae7a06bc90f49e82fbff3815270cf62f6c2962966b3ce",
     "flwr.supercore.superexec.run_superexec": "6b4855d76940ae0f257555b6e0e9894cc46b1ee9d5675092b0e16a5053e4b2fa",
-    "flwr.supercore.superexec.executor.subprocess_executor": "8fca14d06c1531f0895952719e9194a3f62e9cd0de4148a6d2cdd5cdaf051f39",
-    "flwr.supercore.superexec.plugin.base_exec_plugin": "08ee26c9a9addcac0c0c4ae54094b59ba92e8a2c8b4648e739792e8780390114",
+    "flwr.supercore.superexec.executor.subprocess_executor": "8fca14d06c1531f0895952719e9194a3f62e9cd0de4148a6d2cdd5cdaf051f39",  # noqa: E501
+    "flwr.supercore.superexec.plugin.base_exec_plugin": "08ee26c9a9addcac0c0c4ae54094b59ba92e8a2c8b4648e739792e8780390114",  # noqa: E501
 }
+# fmt: on
 
 
 def module_digest(module: str) -> str:

@@ -114,7 +114,7 @@ def _clientapp() -> None:
         push_task_output=push_task_output,
         Error=lambda *, code, reason: Error(code=code, reason=said[0]),
     )
-    flwr_clientapp.flwr_clientapp()
+    flwr_clientapp()
 
 
 def _no_dependencies(*_: object, **__: object) -> None:
@@ -124,17 +124,17 @@ def _no_dependencies(*_: object, **__: object) -> None:
 def _superexec() -> None:
     """Flower's starter of processes, which is told that it knows client apps alone."""
     from flwr.supercore.cli import flower_superexec
-    from flwr.supercore.constant import TaskType
-    from flwr.supercore.superexec import run_superexec as module
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
     from flwr.supercore.superexec.executor import subprocess_executor
+    from flwr.supercore.superexec.plugin import AutoExecPlugin
 
-    _replace(module.AutoExecPlugin, supported_task_types=frozenset({TaskType.CLIENT_APP}))
+    _replace(AutoExecPlugin, supported_task_types=frozenset({TaskType.CLIENT_APP}))
     _replace(
         subprocess_executor,
-        TASK_TYPE_TO_COMMAND={TaskType.CLIENT_APP: subprocess_executor.TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]},
+        TASK_TYPE_TO_COMMAND={TaskType.CLIENT_APP: TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]},
         subprocess=SimpleNamespace(Popen=_reaped, DEVNULL=subprocess.DEVNULL),
     )
-    flower_superexec.flower_superexec()
+    flower_superexec()
 
 
 def _reaped(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
@@ -166,7 +166,7 @@ def _supernode() -> None:
         time=SimpleNamespace(sleep=sleep),
         subprocess=SimpleNamespace(Popen=started),
     )
-    flower_supernode.flower_supernode()
+    flower_supernode()
 
 
 def _end_with(process: "subprocess.Popen[bytes]") -> None:

@@ -1,213 +1,215 @@
-"""The gate: the only port that sites reach. It passes on Flower's fleet API, and nothing else of the SuperLink.
+"""The gate: the only port that sites reach. It lets Flower's fleet calls through to the SuperLink, and nothing else.
 
-    python -m server.gate HOME [--log-json]
+    python -P -m server.gate FOLDER      of the coordinator
 
-The control API behind it has no authentication: whoever reaches it starts code at every site. So a request passes only
-if its path is, byte for byte, one of those that a node uses; everything else gets the same empty 404. Bodies and rates
-are bounded before anything is passed on.
+Flower's control API has no authentication: whoever reaches it may run code at every site. So a request passes only if
+its raw path is, byte for byte, one of the fleet's; everything else is answered 404 without a hint. The SuperLink's
+certificate is verified. Sizes, rates and waits are limited.
 """
 
-import argparse
-import json
-import ssl
+import asyncio
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.errors import CoadaptError
-from common.tls import split_address
 from server.enrolment import admitted
-from server.home import CoordinatorHome, load_settings
-from server.superlink import Control, loopback_certificate, superlink_url
+from server.home import CoordinatorHome, CoordinatorSettings, load_settings
+from server.superlink import READY_SECONDS, Control, loopback_certificate, superlink_url
 
-__all__ = ["PATHS", "Buckets", "gate", "let_in", "main"]
+__all__ = ["FLEET", "Buckets", "let_in", "make_gate"]
 
-# What a SuperNode of Flower 1.41 asks for. Registering is the coordinator's business, on loopback.
-PATHS = frozenset(
-    f"/v1/fleet/{name}"
+FLEET = frozenset(
+    f"/v1/fleet/{name}".encode()
     for name in (
         "activate-node",
-        "confirm-message-received",
         "deactivate-node",
-        "get-fab",
-        "get-run",
-        "pull-messages",
-        "pull-object",
-        "push-messages",
-        "push-object",
         "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
     )
 )
 
-# Of one connection to its neighbour, not of the message (RFC 9110, section 7.6.1); and what the client library sets.
-_DROPPED = frozenset(
-    (
-        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
-        *("transfer-encoding", "upgrade", "host", "content-length", "accept-encoding", "expect", "forwarded"),
-        *("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"),
-    )
+# Of one connection and not of the message (RFC 9110, section 7.6.1); Host is the SuperLink's own.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
+    b" transfer-encoding upgrade host forwarded x-forwarded-for x-forwarded-host x-forwarded-proto".split()
 )
-_UPSTREAM_SECONDS = 60.0
-_MOST_HEADERS_BYTES = 16_384
-_MOST_CONNECTIONS = 512
-_IDLE_SECONDS = 30
-_MOST_HOSTS = 10_000
-Log = Callable[..., None]
+UPSTREAM_SECONDS = 60.0
+BODY_SECONDS = 60.0
+MOST_HOSTS = 4096
 
 
-@dataclass
 class Buckets:
-    """A token bucket for each host: `rate` requests a second, and twice as many at once."""
+    """A token bucket for each host: `rate` requests a second, and four seconds' worth at once."""
 
-    rate: float
-    clock: Callable[[], float] = time.monotonic
-    _left: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+    def __init__(self, rate: float) -> None:
+        self._rate, self._most = rate, max(1.0, 4 * rate)
+        self._hosts: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def takes(self, host: str) -> bool:
-        """Whether a request of `host` may pass now."""
-        now, most = self.clock(), max(1.0, 2 * self.rate)
-        left, then = self._left.pop(host, (most, now))
-        left = min(most, left + (now - then) * self.rate)
-        passes = left >= 1
-        self._left[host] = (left - 1 if passes else left, now)
-        while len(self._left) > _MOST_HOSTS:
-            self._left.popitem(last=False)
-        return passes
+    def take(self, host: str, now: float) -> bool:
+        """Whether a request of `host` may pass at `now` (seconds of a clock that only grows)."""
+        left, then = self._hosts.pop(host, (self._most, now))
+        left = min(self._most, left + (now - then) * self._rate)
+        self._hosts[host] = (max(0.0, left - 1) if left >= 1 else left, now)
+        if len(self._hosts) > MOST_HOSTS:
+            self._hosts.popitem(last=False)
+        return left >= 1
 
 
-def gate(
-    *, upstream: str, verify: ssl.SSLContext | bool, most_bytes: int, buckets: Buckets, log: Log | None = None
-) -> FastAPI:
-    """The application: passes requests of `PATHS` on to `upstream`, whose certificate `verify` must know."""
+class _OnlyFleet:
+    """Outermost: looks at the raw path, before anything decodes or normalises it."""
+
+    def __init__(self, app: ASGIApp, buckets: Buckets) -> None:
+        self._app, self._buckets = app, buckets
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        host = scope["client"][0] if scope.get("client") else ""
+        if scope["method"] != "POST" or scope.get("raw_path") not in FLEET or scope["query_string"]:
+            await Response(status_code=404)(scope, receive, send)
+        elif not self._buckets.take(host, time.monotonic()):
+            await Response(status_code=429, headers={"retry-after": "1"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def make_gate(upstream: str, settings: CoordinatorSettings, *, verify: Path) -> FastAPI:
+    """The gate before the SuperLink at `upstream` (https://127.0.0.1:PORT), whose certificate is in `verify`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        limits = httpx.Limits(max_connections=256)
         async with httpx.AsyncClient(
             base_url=upstream,
-            verify=verify,
-            timeout=_UPSTREAM_SECONDS,
+            verify=httpx.create_ssl_context(verify=str(verify)),
+            timeout=UPSTREAM_SECONDS,
+            limits=limits,
             follow_redirects=False,
-            trust_env=False,  # no proxy lies between here and loopback
-            limits=httpx.Limits(max_connections=_MOST_CONNECTIONS),
-        ) as app.state.client:
+            trust_env=False,
+        ) as client:
+            app.state.client = client
             yield
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        began, host = time.monotonic(), request.client.host if request.client else ""
-        response = await _answered(request, host)
-        if log is not None:
-            log(
-                "request",
-                host=host,
-                method=request.method[:16],
-                path=request.scope["path"][:200],
-                status=response.status_code,
-                seconds=round(time.monotonic() - began, 4),
-            )
-        return response
-
-    async def _answered(request: Request, host: str) -> Response:
-        # The raw path: no decoding, no dots that lead elsewhere, no other spelling.
-        raw = bytes(request.scope.get("raw_path") or b"")
-        if request.method != "POST" or raw.decode("latin-1") not in PATHS or request.scope["query_string"]:
-            return Response(status_code=404)
-        if not buckets.takes(host):
-            return Response(status_code=429, headers={"retry-after": "1"})
-        length = request.headers.get("content-length", "")
-        if length and (not length.isdecimal() or int(length) > most_bytes):
+    @app.post("/v1/fleet/{name}")
+    async def forward(name: str, request: Request) -> Response:
+        most = settings.most_request_bytes
+        stated = request.headers.get("content-length", "0")
+        if not stated.isdecimal() or int(stated) > most:
             return Response(status_code=413)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most_bytes:
-                return Response(status_code=413)
-        headers = [(name, value) for name, value in request.headers.items() if name not in _DROPPED]
         try:
-            answer = await request.app.state.client.post(raw.decode("ascii"), content=bytes(body), headers=headers)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(request, most)
+            asked = app.state.client.build_request(
+                "POST", request.scope["raw_path"].decode(), headers=_passed(request.headers.raw), content=body
+            )
+            answer = await app.state.client.send(asked, stream=True)
+        except _TooLarge:
+            return Response(status_code=413)
+        except TimeoutError:
+            return Response(status_code=408)
         except httpx.HTTPError:
             return Response(status_code=502)
-        kept = {name: value for name, value in answer.headers.items() if name not in {*_DROPPED, "content-encoding"}}
-        return Response(content=answer.content, status_code=answer.status_code, headers=kept)
+        reply = StreamingResponse(_streamed(answer), status_code=answer.status_code)
+        reply.raw_headers = _passed(answer.headers.raw)
+        return reply
 
+    app.add_middleware(_OnlyFleet, buckets=Buckets(settings.requests_per_second))
     return app
+
+
+async def _body(request: Request, most: int) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > most:
+            raise _TooLarge
+    return bytes(body)
+
+
+async def _streamed(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_raw():
+            yield piece
+    finally:
+        await answer.aclose()
+
+
+def _passed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    named = {
+        word.strip().lower() for name, value in headers if name.lower() == b"connection" for word in value.split(b",")
+    }
+    return [(name.lower(), value) for name, value in headers if name.lower() not in HOP_BY_HOP | named]
 
 
 def let_in(home: CoordinatorHome) -> None:
     """Make Flower know the nodes of the admitted institutions, and no others.
 
     Raises:
-        ServiceError: the SuperLink does not come up.
+        ServiceError: the SuperLink, which is started beside, does not come up.
         EnrolmentError: an enrolment is damaged.
     """
     keys = {name: paper.node_key for name, paper in admitted(home).items()}
+    deadline = time.monotonic() + READY_SECONDS
+    while not loopback_certificate(home).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     with Control(home) as control:
-        control.wait_until_ready()
+        control.wait_until_ready(seconds=READY_SECONDS)
         control.keep(keys)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The process; its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m server.gate", description=__doc__.splitlines()[0])
-    parser.add_argument("home", type=Path, help="the coordinator's folder")
-    parser.add_argument("--log-json", action="store_true", help="log every request as a JSON line")
-    chosen = parser.parse_args(arguments)
-    home = CoordinatorHome(chosen.home.absolute())
+def main(arguments: list[str]) -> int:
+    """Serve the gate until SIGTERM or SIGINT."""
+    if len(arguments) != 1:
+        print("the coordinator's folder is wanted", file=sys.stderr)
+        return 64
+    home = CoordinatorHome(Path(arguments[0]).absolute())
     try:
         settings = load_settings(home)
-        host, port = split_address(settings.listen)
-    except CoadaptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    authority = loopback_certificate(home)
-    while not authority.exists():  # the SuperLink, which makes it, is being started beside
-        time.sleep(0.1)
-    try:
         let_in(home)
     except CoadaptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    app = gate(
-        upstream=superlink_url(settings),
-        verify=ssl.create_default_context(cafile=str(authority)),
-        most_bytes=settings.most_request_bytes,
-        buckets=Buckets(settings.requests_per_second),
-        log=_log if chosen.log_json else None,
-    )
+        print(error, file=sys.stderr)
+        return 78
+    host, _, port = settings.listen.rpartition(":")
     uvicorn.run(
-        app,
-        host=host,
-        port=port,
+        make_gate(superlink_url(settings), settings, verify=loopback_certificate(home)),
+        host=host.strip("[]"),
+        port=int(port),
         ssl_certfile=str(home.certificate),
         ssl_keyfile=str(home.server_key),
-        log_level="warning",
         access_log=False,
         server_header=False,
-        date_header=True,
         proxy_headers=False,
-        timeout_keep_alive=_IDLE_SECONDS,
-        limit_concurrency=_MOST_CONNECTIONS,
-        h11_max_incomplete_event_size=_MOST_HEADERS_BYTES,
+        timeout_keep_alive=30,
+        limit_concurrency=512,
+        log_level="warning",
     )
     return 0
 
 
-def _log(event: str, **facts: Any) -> None:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    print(json.dumps({"time": now, "process": "gate", "event": event, **facts}), file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
