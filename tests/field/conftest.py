@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from enrolled import Hospitals
 
 from common.config.manifest import Manifest
-from enrolled import Hospitals
 
 
 @pytest.fixture
