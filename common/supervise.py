@@ -154,6 +154,13 @@ def stop(folder: Path, *, seconds: float = GRACE_SECONDS + 10.0) -> bool:
     Raises:
         ServiceError: they cannot be ended.
     """
+    try:
+        return _stop(folder, seconds)
+    finally:
+        _launched[:] = [process for process in _launched if process.poll() is None]
+
+
+def _stop(folder: Path, seconds: float) -> bool:
     state = _read(folder, SUPERVISOR)
     if state is None or not state.alive:
         return _end_leftovers(folder)

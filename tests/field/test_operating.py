@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from client.audit_log import AuditLog
 from client.home import SiteHome
 from client.isolation import find_users, isolate, isolated
 from client.records import write_records
-from common.config.manifest import Columns
+from common.config.annotate import annotated
+from common.config.manifest import Columns, Manifest
 from common.errors import EnrolmentError, RunError, ServiceError
 from common.progress import EventLog, RoundFinished, RoundStarted, RunStarted, RunStopped, SiteFailed, SumOpened
 from common.records import TextRecord
@@ -57,6 +60,27 @@ def test_preview_shows_five_messages_and_charges_nothing(hospitals: Hospitals) -
     assert "vector" in found["sent"][2]["masked"]
     assert not (north / "ledger").exists()
     assert list((north / "runs").iterdir()) == []
+
+
+def test_preview_with_privacy_uses_a_ledger_of_its_own(
+    hospitals: Hospitals, manifest_for: Callable[..., Manifest]
+) -> None:
+    hospitals.init()
+    north = hospitals.site("north")
+    records(north)
+    manifest = manifest_for(
+        data={"max_length": 16},
+        adapter={"rank": 2},
+        training={"rounds": 2, "local_steps": 2, "batch_size": 4},
+        secure_sum={"enabled": True},
+        privacy={"epsilon": 8.0, "delta": 1e-3},
+    )
+    home = SiteHome(north)
+    home.policy.write_text(re.sub(r"(?m)^delta = .*", "delta = 1e-3", home.policy.read_text()))
+    home.manifest.write_text(annotated(manifest))
+    found = json.loads(said("site", "preview", "--home", north, "--json"))
+    assert (found["private"], len(found["sent"])) == (True, 5)
+    assert not (north / "ledger").exists()
 
 
 def test_services_name_two_users_and_systemd_accepts_them(hospitals: Hospitals, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Programs are kept running, end together, and never run twice; real processes."""
 
+import itertools
 import json
 import os
 import signal
@@ -96,7 +97,7 @@ def test_pauses_grow_while_a_program_fails_at_once(tmp_path: Path, monkeypatch: 
     thread.join(SECONDS)
     assert not thread.is_alive()
     times = [float(line) for line in starts.read_text().split()][:4]
-    pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+    pauses = [after - before for before, after in itertools.pairwise(times)]
     for pause, least in zip(pauses, (0.2, 0.4, 0.8), strict=True):
         assert pause >= least - 0.05  # the interpreter's own start is in it, so there is no upper bound
 
