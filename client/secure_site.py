@@ -201,7 +201,8 @@ class SecureSite:
                 )
         if isinstance(header, RoundStart):
             trained = _Trained.of(self._manifest, header, request.tensors)
-        what = agreed(self._manifest, request, trained.shapes, accepted=trained.accepted, sites=len(invited))
+        room = header.sites or len(invited)
+        what = agreed(self._manifest, request, trained.shapes, accepted=trained.accepted, sites=room)
         require_ranges(header.ranges, trained.bounds)
         attempt = SiteRound(site, self.store)
         answer = attempt.start(what, data)

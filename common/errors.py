@@ -19,6 +19,7 @@
     │   ├── UnknownOrder     a poll asks about a payload that this vault has not, since it was started again
     │   └── UnknownAttempt   a message of an attempt that this vault takes no part in, or no longer
     ├── RoundError           too few sites answered to finish a round
+    │   └── SumLost          a secure sum failed after vectors left, and must not be asked for again
     ├── RunError             a run cannot start or a run's files cannot be used
     ├── SecureSumError       a secure sum was refused or cannot be formed; whoever raises it reveals nothing
     │   ├── RosterRefused    the roster is not what every institution in it signed
@@ -76,6 +77,7 @@ __all__ = [
     "ShareRefused",
     "SignatureRefused",
     "SnapshotRefused",
+    "SumLost",
     "SurvivorsRefused",
     "TooFewSites",
     "TrainingError",
@@ -203,6 +205,13 @@ class RoundError(CoadaptError):
     """Too few sites answered to finish a round."""
 
     code = "round"
+
+
+class SumLost(RoundError):
+    """A secure sum failed after vectors without noise of their own left; a second one would tell single sites' by
+    subtraction, so the round is given up."""
+
+    code = "sum_lost"
 
 
 class RunError(CoadaptError):

@@ -49,10 +49,13 @@ class _Header(BaseModel):
 
 class _Request(_Header):
     """What a coordinator asks. With a secure sum `secure_sum` holds the protocol's own RoundStart, in hex, and `ranges`
-    how far each summed tensor's values may go, in the unit of the values; without one both are empty."""
+    how far each summed tensor's values may go, in the unit of the values; without one both are empty. `sites` is how
+    many sites' values the vector has room for; 0: as many as are invited. It is one number in all attempts at a sum,
+    whoever is invited, since only the identical vector may be masked anew."""
 
     secure_sum: str = Field("", pattern=r"^([0-9a-f]{2})*$", max_length=65536)
     ranges: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    sites: int = Field(0, ge=0, le=2048)
 
 
 class RoundStart(_Request):

@@ -24,6 +24,7 @@ __all__ = [
     "EventSink",
     "PhaseStarted",
     "RoundFinished",
+    "RoundLost",
     "RoundRejected",
     "RoundStarted",
     "RoundValidated",
@@ -96,11 +97,15 @@ class SiteFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SiteFailed(Event):
-    """A site did not answer or refused; `code` is the fixed word it gave, never text from its records."""
+    """A site did not answer or refused; `code` is the fixed word it gave, never text from its records.
+
+    `reason` may add what its policy says: settings and numbers alone.
+    """
 
     round: int
     site: str
     code: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +149,15 @@ class RoundRejected(Event):
     setting: str
     value: float
     bound: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundLost(Event):
+    """The secure sum of round `round` failed after vectors left, so it is not asked for again: the adapter stays as it
+    was, and the next round begins."""
+
+    round: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,18 @@ from common.messages import Envelope, Evaluate, Evaluated, Project, Projected, R
 from common.metrics import Counts, count_names
 from common.secure_sum.config import NO_DP, Agreed, Weights
 
-__all__ = ["Request", "agreed", "counts_in", "extras", "loss_in", "mean_in", "measures", "sum_number", "weighted"]
+__all__ = [
+    "Request",
+    "agreed",
+    "counts_in",
+    "extras",
+    "loss_in",
+    "mean_in",
+    "measures",
+    "sum_number",
+    "sum_number_of",
+    "weighted",
+]
 
 Request = RoundStart | Project | Evaluate
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,7 +46,12 @@ _KINDS = (RoundStart, Project, Evaluate)
 
 def sum_number(request: Request) -> int:
     """The number of a sum in its run, which only grows: a round may have a second sum and one of counts."""
-    return len(_KINDS) * request.round + _KINDS.index(type(request))
+    return sum_number_of(request.round, type(request))
+
+
+def sum_number_of(round_number: int, kind: type[Request]) -> int:
+    """The number of the sum of one kind of request in a round."""
+    return len(_KINDS) * round_number + _KINDS.index(kind)
 
 
 def agreed(manifest: Manifest, request: Envelope, shapes: Shapes, *, accepted: int, sites: int) -> Agreed:

@@ -27,7 +27,7 @@ class Interrupted(Exception):  # no CoadaptError: a wish of the person, not a fa
 class Reply:
     """A site's answer: an envelope, or a message of the secure sum as `data`, or a fixed word why there is neither.
 
-    Sizes are in bytes.
+    Sizes are in bytes. `reason` may add to a refusal's word what the site's policy says, settings and numbers alone.
     """
 
     site: str
@@ -36,6 +36,7 @@ class Reply:
     bytes_up: int
     bytes_down: int
     data: bytes = b""
+    reason: str = ""
 
 
 class Channel(Protocol):

@@ -17,7 +17,7 @@ from common.progress import EventSink, SiteFailed, SiteFinished
 from server.aggregation.method import Collector, Mean
 from server.channel import Channel, Reply
 
-__all__ = ["Collected", "Collection", "PlainCollection", "Shapes", "SiteAnswer"]
+__all__ = ["Collected", "Collection", "PlainCollection", "Shapes", "SiteAnswer", "failed_sites"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,12 +39,14 @@ class SiteAnswer:
 class Collected:
     """What came of asking the sites. `counts` are those of the adapter that was sent, by site or of all together.
 
-    `loss` is the mean training loss where the sites' own are not known.
+    `loss` is the mean training loss where the sites' own are not known. `reasons` are what sites added to the words in
+    `failures`.
     """
 
     mean: Mean = field(default_factory=dict)
     answers: list[SiteAnswer] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     counts: dict[str, Counts] = field(default_factory=dict)
     loss: float | None = None
     bytes_down: int = 0
@@ -61,6 +63,15 @@ class Collection(Protocol):
 
     def measured(self, request: Evaluate, adapter: AdapterState) -> Collected:
         """Have every site measure an adapter on its held-out records."""
+
+    def memory(self) -> dict[str, float]:
+        """What later rounds follow from, by name; stored with each round."""
+
+    def remember(self, memory: Mapping[str, float]) -> None:
+        """Put back what `memory` gave."""
+
+    def over(self, number: int, *, measured: bool = False) -> None:
+        """Round `number` is stored: drop what was kept to go on with it; with `measured` also of its measuring."""
 
 
 class PlainCollection:
@@ -124,7 +135,7 @@ class PlainCollection:
                     )
                 )
                 return
-        self._failed(done, start.round, reply.site, code)
+        self._failed(done, start.round, reply, code)
 
     def second(self, start: RoundStart, basis: AdapterState, shapes: Shapes, before: Collected) -> Collected:
         """See `Collection`. Who does not answer sits the round out."""
@@ -145,7 +156,7 @@ class PlainCollection:
                     up, down = both.bytes_up + reply.bytes_up, both.bytes_down + reply.bytes_down
                     done.answers.append(replace(both, bytes_up=up, bytes_down=down))
                     continue
-            self._failed(done, start.round, reply.site, code)
+            self._failed(done, start.round, reply, code)
         done.mean = collector.result() if done.answers else {}
         return done
 
@@ -158,12 +169,25 @@ class PlainCollection:
                 done.counts[reply.site] = answer.counts
             else:
                 code = answer.code if isinstance(answer, Refused) else reply.code or "message"
-                self._failed(done, request.round, reply.site, code)
+                self._failed(done, request.round, reply, code)
         return done
 
-    def _failed(self, done: Collected, number: int, site: str, code: str) -> None:
-        done.failures[site] = code
-        self._report(SiteFailed(round=number, site=site, code=code))
+    def memory(self) -> dict[str, float]:
+        """See `Collection`: there is none."""
+        return {}
+
+    def remember(self, memory: Mapping[str, float]) -> None:
+        """See `Collection`."""
+
+    def over(self, number: int, *, measured: bool = False) -> None:
+        """See `Collection`. Sites are asked again after a crash, and each answers one request once: a single site's
+        change is never put on the coordinator's disk."""
+
+    def _failed(self, done: Collected, number: int, reply: Reply, code: str) -> None:
+        done.failures[reply.site] = code
+        if reply.reason:
+            done.reasons[reply.site] = reply.reason
+        self._report(SiteFailed(round=number, site=reply.site, code=code, reason=reply.reason))
 
     def _weight(self, records: int | None) -> float:
         return records if self._by_records and records else 1
@@ -172,3 +196,9 @@ class PlainCollection:
 def _answers(header: RoundDone | Projected | Evaluated, request: RoundStart | Project | Evaluate) -> bool:
     """Whether a reply speaks of the very request: same manifest, run, round and adapter."""
     return header.spoken_of() == request.spoken_of()
+
+
+def failed_sites(failures: Mapping[str, str], reasons: Mapping[str, str]) -> str:
+    """Sites and their words on one line, for a person."""
+    listed = (f"{site} ({': '.join(filter(None, (code, reasons.get(site))))})" for site, code in failures.items())
+    return ", ".join(listed) or "none"

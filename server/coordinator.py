@@ -1,14 +1,15 @@
 """The round loop: invite, collect, aggregate, store. It sees adapters and counts, never records."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Self
 
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
-from common.errors import RoundError, RunError
+from common.errors import RoundError, RunError, SumLost
 from common.factors import newest
 from common.messages import Evaluate, RoundStart
 from common.metrics import Counts, add, better, figures
@@ -16,18 +17,20 @@ from common.progress import (
     EventSink,
     PhaseStarted,
     RoundFinished,
+    RoundLost,
     RoundRejected,
     RoundStarted,
     RoundValidated,
 )
 from server.aggregation.method import Mean, TwoSums
 from server.aggregation.methods import method_for
-from server.aggregation.optimiser import optimiser_for
+from server.aggregation.optimiser import memory_of, optimiser_for, remember
 from server.aggregation.tail import mean_adapter
 from server.channel import Channel
-from server.collection import Collected, Collection, PlainCollection, SiteAnswer
+from server.collection import Collected, Collection, PlainCollection, SiteAnswer, failed_sites
 from server.guards import Rejection, too_long, too_much_worse
 from server.run_store import RunStore
+from server.stored_round import StoredRound, facts_of, rounds_of
 
 __all__ = ["Coordinator", "SiteAnswer", "StoredRound"]
 
@@ -36,42 +39,20 @@ __all__ = ["Coordinator", "SiteAnswer", "StoredRound"]
 PUBLIC = "public records"
 
 
-@dataclass
-class StoredRound:
-    """A finished round as the coordinator knows it. `counts` are those of its adapter, by site, once they are in.
-
-    A rejected round has the adapter of the round before it; `rejected` says why.
-    """
-
-    number: int
-    answers: list[SiteAnswer] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    bytes_down: int = 0
-    seconds: float = 0.0
-    counts: dict[str, Counts] = field(default_factory=dict)
-    rejected: Rejection | None = None
-    summed_loss: float | None = None
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean of the answering sites' losses, each site counting once; None where no site tells its own."""
-        if self.summed_loss is not None:
-            return self.summed_loss
-        losses = [answer.loss for answer in self.answers if answer.loss is not None]
-        return sum(losses) / len(losses) if losses else None
-
-
 class Coordinator:
     """Runs the rounds of one manifest over a channel. `rounds` grows as rounds are finished; [0] is the start.
 
     `public` measures an adapter on public records; then no site is asked to measure. `sums` are secure sums over the
     sites; without them the coordinator sees what each site sends. `accepted` is the number of
-    aggregations that went into `adapter`.
+    aggregations that went into `adapter`. A store with finished rounds (`RunStore.reopen`) is gone on with. A round
+    whose secure sum is lost (`SumLost`) uses up its number and leaves the adapter; so many as `lost_rounds` one after
+    the other end the run.
 
     Raises:
         AdapterError: the manifest's aggregation is not for adapters as large.
         ExtensionError: a person's own aggregation cannot be loaded.
-        RunError: a guard needs public records, and there are none.
+        RunError: a guard needs public records, and there are none; or the stored rounds are of another manifest, run
+            or sites, or were changed.
     """
 
     def __init__(
@@ -86,6 +67,7 @@ class Coordinator:
         report: EventSink,
         public: Callable[[AdapterState], Counts] | None = None,
         sums: Collection | None = None,
+        lost_rounds: int = 1,
     ) -> None:
         if manifest.aggregation.accept_drop is not None and public is None:
             raise RunError("aggregation.accept_drop needs public records to measure on, and this coordinator has none")
@@ -105,10 +87,64 @@ class Coordinator:
             manifest, sites=sites, channel=channel, collector=self._method.collector, report=report
         )
         self._step = optimiser_for(manifest.aggregation)
+        self._lost_rounds, self._first_here = lost_rounds, len(store.stored)
         self.adapter = first
         self.accepted = 0
         self.rounds = [StoredRound(0)]
-        store.save_round(0, first, {"accepted": 0})
+        run = {"manifest_sha256": self._digest, "run_id": run_id, "sites": list(sites)}
+        if store.stored:
+            self._go_on(run)
+        else:
+            store.save_round(0, first, {**facts_of(self.rounds[0], None, 0), "run": run})
+
+    @classmethod
+    def resume(
+        cls,
+        manifest: Manifest,
+        *,
+        run_id: str,
+        sites: Sequence[str],
+        channel: Channel,
+        store: RunStore,
+        report: EventSink,
+        public: Callable[[AdapterState], Counts] | None = None,
+        sums: Collection | None = None,
+        lost_rounds: int = 1,
+    ) -> Self:
+        """Go on with a run whose store was reopened: `run` begins with the first round that is not stored.
+
+        Raises:
+            RunError: nothing is stored in it; else see the class.
+        """
+        if not store.stored:
+            raise RunError(f"{store.folder} has no finished round, not even the first adapter; begin the run anew")
+        return cls(
+            manifest,
+            run_id=run_id,
+            sites=sites,
+            first=store.load_round(0),
+            channel=channel,
+            store=store,
+            report=report,
+            public=public,
+            sums=sums,
+            lost_rounds=lost_rounds,
+        )
+
+    def _go_on(self, run: dict[str, object]) -> None:
+        """Take over what was stored with the last round, and drop what belongs to rounds before."""
+        stored, last = self._store.stored, len(self._store.stored) - 1
+        for name, value in run.items():
+            found = stored[0].get("run", {}).get(name)
+            if found != value:
+                raise RunError(f"the run in {self._store.folder} has the {name} {found}, and this one {value}")
+        self.rounds = rounds_of(stored)
+        self.adapter, self.accepted = self._store.load_round(last), stored[last]["accepted"]
+        remember(self._step, self._store.load_memory(last))
+        self._collection.remember(stored[last].get("collection", {}))
+        if (measured := self._store.load_measured()) is not None:
+            self.rounds[-1].counts, self.rounds[-1].measured = measured["counts"], True
+        self._collection.over(last, measured=measured is not None)
 
     def run(self) -> AdapterState:
         """All rounds, and the adapter that the manifest selects.
@@ -119,48 +155,38 @@ class Coordinator:
             ExtensionError: a person's own aggregation failed.
             Interrupted: the person asked to stop.
         """
-        for number in range(1, self._manifest.training.rounds + 1):
+        self._require_progress()
+        for number in range(len(self.rounds), self._manifest.training.rounds + 1):
             self._round(number)
         self._validate_last()
         return self._store.load_round(self.selected_round())
 
     def _round(self, number: int) -> None:
         began = time.monotonic()
-        # 1. Invite every site with the present adapter, and take in what they make of it.
-        self._report(RoundStarted(round=number, sites=self._sites))
-        # An adapter that a rejected round left as it was has been measured, and sites measure none twice.
-        measure = (number - 1) % self._manifest.evaluation.every == 0 and not self.rounds[-1].counts
-        start = RoundStart(**self._header(number), evaluate=measure and self._public is None, accepted=self.accepted)
-        if measure and self._public is not None:
-            self.rounds[-1].counts = {PUBLIC: self._public(self.adapter)}
         done = StoredRound(number)
-        shapes = contribution_shapes(self._manifest, self._shapes, self.accepted)
-        collected = self._collection.first(start, self.adapter, shapes)
-        self._take_in(collected, done)
-        # 2. What the sites measured belongs to the adapter that they received.
-        if self._public is None:  # else no site was asked for any
-            self.rounds[-1].counts |= collected.counts
-        self._validated(self.rounds[-1])
-        # 3. Too few answers end the run: their mean would be the work of a few, sold as that of all.
-        self._require_enough(done)
-        # 4. The mean, from a second sum too where the method takes one.
-        mean = collected.mean
-        if isinstance(self._method, TwoSums) and (basis := self._method.basis(mean)):
-            shapes = projection_shapes(self._manifest, self._shapes, self.accepted)
-            second = self._collection.second(start, basis, shapes, collected)
-            self._take_in(second, done)
-            self._require_enough(done)
-            mean = {**mean, **second.mean}
-        # 5. Aggregate, where the guards let it pass, and store before anyone hears of it.
-        done.rejected = self._aggregate(mean, done)
+        # 1. Invite every site with the present adapter.
+        self._report(RoundStarted(round=number, sites=self._sites))
+        start = self._start(number)
+        try:
+            # 2. Take in what the sites make of it.
+            mean = self._mean(start, done)
+        except SumLost as error:
+            # 3. Vectors left and the sum failed: the round's number is used up, and all stays as it was. The sites may
+            #    have measured the adapter, and measure none twice.
+            before = self.rounds[-1]
+            done.lost, done.counts = str(error), dict(before.counts)
+            done.measured = before.measured or start.evaluate
+            self._report(RoundLost(round=number, reason=done.lost))
+        else:
+            # 3. Aggregate, where the guards let it pass.
+            done.rejected = self._aggregate(mean, done)
         if number == self._manifest.training.rounds:
             self.adapter = self._averaged(number)
+        # 4. Store before anyone hears of it; then nothing of the round is asked for again.
         done.seconds = time.monotonic() - began
-        self._store.save_round(
-            number,
-            self.adapter,
-            {"accepted": self.accepted, **({"rejected": str(done.rejected)} if done.rejected else {})},
-        )
+        facts = {**facts_of(done, self.rounds[-1], self.accepted), "collection": self._collection.memory()}
+        self._store.save_round(number, self.adapter, facts, memory_of(self._step))
+        self._collection.over(number)
         self.rounds.append(done)
         self._report(
             RoundFinished(
@@ -174,6 +200,40 @@ class Coordinator:
             )
         )
         self._require_progress()
+
+    def _start(self, number: int) -> RoundStart:
+        """The round's request. An adapter that a rejected or lost round left has been measured, and none is twice."""
+        before = self.rounds[-1]
+        wanted = (number - 1) % self._manifest.evaluation.every == 0
+        measure = wanted and not before.counts and not before.measured
+        if measure and self._public is not None:
+            before.counts = {PUBLIC: self._public(self.adapter)}
+        return RoundStart(**self._header(number), evaluate=measure and self._public is None, accepted=self.accepted)
+
+    def _mean(self, start: RoundStart, done: StoredRound) -> Mean:
+        """The mean of what the sites send, in one sum or two; their counts belong to the adapter before.
+
+        Raises:
+            RoundError: too few answer.
+            SumLost: a secure sum failed and must not be asked for again.
+        """
+        shapes = contribution_shapes(self._manifest, self._shapes, self.accepted)
+        collected = self._collection.first(start, self.adapter, shapes)
+        self._take_in(collected, done)
+        # What the sites measured belongs to the adapter that they received.
+        if self._public is None:  # else no site was asked for any
+            self.rounds[-1].counts |= collected.counts
+        self._validated(self.rounds[-1])
+        # Too few answers end the run: their mean would be the work of a few, sold as that of all.
+        self._require_enough(done)
+        mean = collected.mean
+        if isinstance(self._method, TwoSums) and (basis := self._method.basis(mean)):
+            shapes = projection_shapes(self._manifest, self._shapes, self.accepted)
+            second = self._collection.second(start, basis, shapes, collected)
+            self._take_in(second, done)
+            self._require_enough(done)
+            mean = {**mean, **second.mean}
+        return mean
 
     def _aggregate(self, mean: Mean, done: StoredRound) -> Rejection | None:
         """Make the next adapter of the mean, or leave all as it was and say why."""
@@ -210,14 +270,20 @@ class Coordinator:
         if len(done.answers) < least:
             raise RoundError(
                 f"round {done.number}: {len(done.answers)} of {len(self._sites)} sites answered, aggregation.min_sites"
-                f" wants {least}; rounds before it are stored. Sites that failed: {_listed(done.failures)}"
+                f" wants {least}; rounds before it are stored. Sites that failed:"
+                f" {failed_sites(done.failures, done.reasons)}"
             )
 
     def _require_progress(self) -> None:
-        """End a run whose rounds are rejected one after the other: it pays, and learns nothing."""
+        """End a run whose rounds are rejected one after the other: it pays, and learns nothing. So does one
+        whose rounds are lost; those of an earlier process do not count, since whoever resumed it has seen to the sites."""
+        here = self.rounds[max(1, self._first_here) :][-self._lost_rounds :]
+        if len(here) == self._lost_rounds and all(done.lost for done in here):
+            raise RoundError(f"{here[-1].lost}; {len(here)} rounds one after the other were lost, the last is stored")
         most = self._manifest.aggregation.max_rejected
-        last = self.rounds[-most:]
-        if len(self.rounds) > most and all(done.rejected for done in last):
+        kept = [done for done in self.rounds if not done.lost]
+        last = kept[-most:]
+        if len(kept) > most and all(done.rejected for done in last):
             raise RoundError(
                 f"rounds {last[0].number} to {last[-1].number} were rejected one after the other, which"
                 f" aggregation.max_rejected = {most} does not allow; the last by {last[-1].rejected}; the adapter of"
@@ -227,6 +293,7 @@ class Coordinator:
     def _take_in(self, collected: Collected, done: StoredRound) -> None:
         done.answers = collected.answers
         done.failures |= collected.failures
+        done.reasons |= collected.reasons
         done.bytes_down += collected.bytes_down
         done.summed_loss = done.summed_loss if collected.loss is None else collected.loss
 
@@ -238,10 +305,12 @@ class Coordinator:
             last.counts = last.counts or {PUBLIC: self._public(self.adapter)}
             self._validated(last)
             return
-        if last.counts:  # a rejected round's, which are known
-            return
-        last.counts |= self._collection.measured(Evaluate(**self._header(last.number)), self.adapter).counts
-        self._validated(last)
+        if not last.counts and not last.measured:  # those of a rejected round are known, a lost one's never will be
+            with contextlib.suppress(SumLost):  # sites measure an adapter once; without its figures it is whole
+                last.counts |= self._collection.measured(Evaluate(**self._header(last.number)), self.adapter).counts
+            self._validated(last)
+        self._store.save_measured({"round": last.number, "counts": last.counts})
+        self._collection.over(last.number, measured=True)
 
     def _validated(self, done: StoredRound) -> None:
         values = self.validation(done)
@@ -272,7 +341,3 @@ class Coordinator:
                 if number == known[0][0] or better(metric, value, dict(known)[best]):
                     best = number
         return best
-
-
-def _listed(failures: dict[str, str]) -> str:
-    return ", ".join(f"{site} ({code})" for site, code in failures.items()) or "none"

@@ -41,6 +41,15 @@ class Ranges:
             for name, bound in self._bounds.items()
         }
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """How much of its bound each tensor's last opened mean took; all that is remembered from round to round."""
+        return dict(self._shares)
+
+    @shares.setter
+    def shares(self, shares: Mapping[str, float]) -> None:
+        self._shares = dict(shares)
+
     def saw(self, mean: Arrays) -> None:
         """Remember how much of its bound the opened mean took."""
         for name, array in mean.items():

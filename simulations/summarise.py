@@ -82,7 +82,7 @@ def round_facts(coordinator: Coordinator, rounds: Sequence[StoredRound]) -> list
             bytes_down=done.bytes_down,
             seconds=done.seconds,
             training_seconds=max((answer.seconds or 0.0 for answer in done.answers), default=0.0),
-            rejected=str(done.rejected or ""),
+            rejected=str(done.rejected or done.lost),
         )
         for done in rounds
     ]

@@ -171,6 +171,16 @@ class CoordinatorRound:
         return tuple(sorted(self._answers[self.stage]))
 
     @property
+    def threshold(self) -> int:
+        """So many sites must confirm one list of survivors."""
+        return self._config.threshold
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The sites whose vectors have come."""
+        return tuple(sorted(self._answers[Stage.MASKED]))
+
+    @property
     def ready(self) -> bool:
         """Everybody who may answer has, and they are enough."""
         return self.enough and set(self.answered) >= set(self.expected) - self._books.faults.keys()

@@ -10,7 +10,7 @@ from common.config.manifest import AggregationSection
 from server.aggregation.adaptive import Adaptive, adam, yogi
 from server.aggregation.momentum import ServerMomentum
 
-__all__ = ["Optimiser", "optimiser_for"]
+__all__ = ["Optimiser", "memory_of", "optimiser_for", "remember"]
 
 Change = Mapping[str, npt.NDArray[np.float64]]
 
@@ -38,3 +38,21 @@ def optimiser_for(section: AggregationSection) -> Optimiser:
         return ServerMomentum(rate, section.server_momentum)
     second_moment = adam if section.server_optimizer == "adam" else yogi
     return Adaptive(second_moment, rate, beta1=section.server_beta1, beta2=section.server_beta2, tau=section.server_tau)
+
+
+def memory_of(step: Optimiser) -> dict[str, npt.NDArray[np.float64]]:
+    """The optimiser's memory for the disk: each tensor's parts as "part/name", from "0/name"."""
+    parts = {name: kept if isinstance(kept, tuple) else (kept,) for name, kept in step.state.items()}
+    return {
+        f"{part}/{name}": np.ascontiguousarray(array, np.float64)
+        for name, arrays in parts.items()
+        for part, array in enumerate(arrays)
+    }
+
+
+def remember(step: Optimiser, memory: Mapping[str, npt.NDArray[np.float64]]) -> None:
+    """Put back what `memory_of` gave."""
+    parts: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for key in sorted(memory):
+        parts.setdefault(key.split("/", 1)[1], []).append(memory[key])
+    step.state = {name: arrays[0] if len(arrays) == 1 else tuple(arrays) for name, arrays in parts.items()}
