@@ -68,7 +68,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
 
     folder = home.runs / run_id
     resumes = folder.exists()
-    store = RunStore(folder, write_adapter)
+    store = RunStore.reopen(folder, write_adapter) if resumes else RunStore(folder, write_adapter)
     if not resumes:
         store.write("federation.toml", annotated(manifest))
     names = [entry.name for entry in roster.institutions]
@@ -106,6 +106,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
                 shapes={name: array.shape for name, array in first.items()},
                 channel=channel,
                 report=log,
+                attempts=settings.attempts,
+                journals=store.journals,
             )
         coordinator = Coordinator(
             manifest,
@@ -116,6 +118,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
             sums=sums,
             store=store,
             report=log,
+            lost_rounds=settings.attempts,
         )
         log(PhaseStarted(phase="rounds"))
         status: Literal["finished", "interrupted", "failed"] = "finished"
