@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from common.codec.state import AdapterState, state_digest
@@ -131,7 +131,7 @@ class Coordinator:
             lost_rounds=lost_rounds,
         )
 
-    def _go_on(self, run: dict[str, object]) -> None:
+    def _go_on(self, run: Mapping[str, object]) -> None:
         """Take over what was stored with the last round, and drop what belongs to rounds before."""
         stored, last = self._store.stored, len(self._store.stored) - 1
         for name, value in run.items():
@@ -143,7 +143,7 @@ class Coordinator:
         remember(self._step, self._store.load_memory(last))
         self._collection.remember(stored[last].get("collection", {}))
         if (measured := self._store.load_measured()) is not None:
-            self.rounds[-1].counts, self.rounds[-1].measured = measured["counts"], True
+            self.rounds[-1].counts, self.rounds[-1].measured = measured["counts"], not measured["counts"]
         self._collection.over(last, measured=measured is not None)
 
     def run(self) -> AdapterState:
@@ -275,8 +275,8 @@ class Coordinator:
             )
 
     def _require_progress(self) -> None:
-        """End a run whose rounds are rejected one after the other: it pays, and learns nothing. So does one
-        whose rounds are lost; those of an earlier process do not count, since whoever resumed it has seen to the sites."""
+        """End a run whose rounds are rejected one after the other: it pays, and learns nothing. Lost rounds end it too;
+        those of an earlier process do not count, since whoever resumed it has seen to the sites."""
         here = self.rounds[max(1, self._first_here) :][-self._lost_rounds :]
         if len(here) == self._lost_rounds and all(done.lost for done in here):
             raise RoundError(f"{here[-1].lost}; {len(here)} rounds one after the other were lost, the last is stored")
@@ -309,6 +309,7 @@ class Coordinator:
             with contextlib.suppress(SumLost):  # sites measure an adapter once; without its figures it is whole
                 last.counts |= self._collection.measured(Evaluate(**self._header(last.number)), self.adapter).counts
             self._validated(last)
+        last.measured = not last.counts
         self._store.save_measured({"round": last.number, "counts": last.counts})
         self._collection.over(last.number, measured=True)
 

@@ -57,7 +57,11 @@ class Journal:
             except OSError as error:
                 raise RunError(f"cannot open {path}: {error.strerror}") from error
         self._past = self._read()
-        self._next = next(self._past, None)
+        try:
+            self._next = next(self._past, None)
+        except RunError:
+            self.close()
+            raise
 
     def take(self, *kinds: str) -> Entry | None:
         """The next record of the past where it is of one of these kinds; None at any other, and past the end."""

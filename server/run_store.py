@@ -72,16 +72,23 @@ class RunStore:
         if not (folder / "rounds").is_dir():
             raise RunError(f"{folder} holds no run that could be resumed; check the run's name")
         store._open(folder, write_adapter)
-        if (folder / "adapter").exists():
+        try:
+            store._clean()
+            store.stored = store._finished()
+        except BaseException:
             store.close()
-            raise RunError(f"the run in {folder} is finished, with its result in adapter; begin another one")
-        for left in (*folder.glob(".*.part"), *(folder / "rounds").glob(".*.part")):
+            raise
+        return store
+
+    def _clean(self) -> None:
+        """Refuse a finished run; remove what a crash left half written."""
+        if (self.folder / "adapter").exists():
+            raise RunError(f"the run in {self.folder} is finished, with its result in adapter; begin another one")
+        for left in (*self.folder.glob(".*.part"), *(self.folder / "rounds").glob(".*.part")):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
-        store.stored = store._finished()
-        return store
 
     def _open(self, folder: Path, write_adapter: Callable[[Path, AdapterState], None]) -> None:
         self.folder, self._write_adapter = folder, write_adapter
