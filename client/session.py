@@ -159,7 +159,7 @@ class Session:
         roster = self._parts.roster
         if (order.federation, order.epoch) != (roster.federation.hex(), roster.epoch):
             raise WrongContext("an order in another federation or under another roster")
-        if order.site != self._number:
+        if order.site != self._number and order.kind != "hello":  # a greeting asks whose node this is
             raise WrongContext(f"an order for site {order.site}, and this is site {self._number}")
         if order.manifest_sha256 != self._digest:
             raise ManifestError([f"an order under manifest {order.manifest_sha256}; agreed here is {self._digest}"])

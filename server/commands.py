@@ -152,7 +152,7 @@ def start(
     from common.tls import expiry
     from server.home import CoordinatorHome, load_settings
     from server.new_coordinator import require_private_keys
-    from server.service import coordinator_programs
+    from server.service import coordinator_programs, wait_until_open
 
     place = CoordinatorHome(home.absolute())
     settings = load_settings(place)
@@ -167,6 +167,7 @@ def start(
         supervise(programs, place.processes, place.logs)
         return
     launch(programs, place.processes, place.logs)
+    wait_until_open(place, settings)
     _say(f"the gate listens on {settings.listen}; what it prints is in {place.logs}")
 
 

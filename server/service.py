@@ -1,13 +1,17 @@
 """The coordinator's processes: how they are started here, and as a service of systemd or in a container."""
 
+import contextlib
+import socket
+import time
 from pathlib import Path
 
+from common.errors import ServiceError
 from common.supervise import Program, module_command
 from common.systemd import container_file, quoted, service_unit, write_files
 from common.tls import split_address
-from server.home import CoordinatorHome, load_settings
+from server.home import CoordinatorHome, CoordinatorSettings, load_settings
 
-__all__ = ["coordinator_programs", "write_services"]
+__all__ = ["coordinator_programs", "wait_until_open", "write_services"]
 
 USER = "coadapt-coordinator"
 
@@ -58,3 +62,23 @@ def write_services(home: CoordinatorHome, into: Path) -> list[Path]:
         ),
     }
     return write_files(into, files)
+
+
+def wait_until_open(home: CoordinatorHome, settings: CoordinatorSettings, *, seconds: float = 120.0) -> None:
+    """Return when the gate takes connections, which it does after the SuperLink knows every admitted node.
+
+    Raises:
+        ServiceError: it does not come up.
+    """
+    host, port = split_address(settings.listen)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((_reachable(host), port), timeout=2):
+            return
+        time.sleep(0.2)
+    raise ServiceError(f"the gate does not listen on {settings.listen} after {seconds:.0f} seconds; see {home.logs}")
+
+
+def _reachable(host: str) -> str:
+    """Where this machine reaches what listens on every address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -19,6 +19,7 @@ from server.superlink import Control
 __all__ = ["end", "follow", "new_run_id", "require_free", "submit", "summary_of"]
 
 _LOOK_SECONDS = 0.5
+_READY_SECONDS = 30.0
 _SUBMISSION = "submission.json"  # Flower's number of the run's newest app
 
 
@@ -50,6 +51,7 @@ def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> int:
     if resume and (before := summary_of(folder)) is not None and before.status == "finished":
         raise RunError(f"run {run_id} has finished; its adapter is {folder / 'adapter'}")
     with Control(home) as control:
+        control.wait_until_ready(seconds=_READY_SECONDS)
         require_free(home, control)
         number = control.submit(run_id)
     home.runs.mkdir(parents=True, exist_ok=True)
