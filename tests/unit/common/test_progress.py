@@ -13,6 +13,7 @@ from common.progress import (
     EventLog,
     PhaseStarted,
     RoundFinished,
+    RoundLost,
     RoundRejected,
     RoundStarted,
     RoundValidated,
@@ -40,6 +41,7 @@ EVENTS: list[Event] = [
     SumOpened(round=1, survivors=("a", "c"), dropped=("b",), threshold=2, transcript="ab" * 32),
     RoundFinished(round=1, train_loss=0.1, answered=1, failed=1, bytes_up=10, bytes_down=40, seconds=2.0),
     RoundRejected(round=1, setting="max_norm", value=3.5, bound=1.0),
+    RoundLost(round=1, reason="too few sites"),
     RoundValidated(round=0, figures={"accuracy": 0.5, "loss": 1 / 3}),
     BaselineFinished(baseline="local:a", figures={}),
     RunStopped(status="failed", reason="no space"),
@@ -71,6 +73,7 @@ def test_a_line_says_when_and_what(tmp_path: Path) -> None:
         "round": 1,
         "site": "b",
         "code": "not_finite_loss",
+        "reason": "",
     }
 
 
