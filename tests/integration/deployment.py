@@ -64,13 +64,8 @@ class Deployment:
     def __init__(self, folder: Path, manifest: Manifest, **policy: Any) -> None:
         self.folder, self.policy = folder, policy
         self.coordinator = folder / "c"
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "160",
-        }
+        # One thread a process: four vaults that train with all cores each would be slower by far.
+        self.environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
         base = find_base(manifest.model)
         pins = {"weights_sha256": base.weights_sha256, "tokenizer_sha256": base.tokenizer_sha256}
         self.manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update=pins)})
@@ -80,7 +75,7 @@ class Deployment:
         """A `coadapt` command; what it printed. Its errors end as in a terminal: one line and a status."""
         lines: list[str] = []
         with contextlib.chdir(self.folder):
-            result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "160"})
+            result = CliRunner().invoke(app, [str(word) for word in words], env=self.environment)
         if isinstance(result.exception, CoadaptError):
             lines.append(f"error: {result.exception}")
         assert (result.exit_code != 0) == fails, f"{words}: {result.output}\n{result.exception!r}\n{self.logs()}"
@@ -168,7 +163,7 @@ class Deployment:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=self.environment,
+            env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT)},
             cwd=self.folder,
         )
 
