@@ -221,9 +221,7 @@ class Flood(threading.Thread):
                 plain = socket.create_connection((self.host, self.port), timeout=5)
                 with context.wrap_socket(plain) as connection:
                     for _ in range(100):  # an answer or an end comes to the first; the rest is noise
-                        connection.sendall(
-                            b"POST /v1/fleet/%2e%2e/control HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
-                        )
+                        connection.sendall(bad)
                         self.sent += 1
                     connection.sendall(b"\0\xff garbage\r\n\r\n")
 
