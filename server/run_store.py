@@ -35,7 +35,7 @@ from common.codec.state import AdapterState, state_digest
 from common.durable import new_folder, write_text
 from common.errors import RunError
 
-__all__ = ["RunStore"]
+__all__ = ["RunStore", "is_used"]
 
 Memory = Mapping[str, npt.NDArray[np.float64]]
 
@@ -224,3 +224,18 @@ def _unsealed(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"{path} cannot be read: {type(error).__name__}; it is damaged or gone; {_ADVICE}") from error
     return facts
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a process holds a run's folder."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False

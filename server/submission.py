@@ -14,26 +14,46 @@ from common.errors import RunError
 from common.progress import Event, RunStarted, RunStopped, read_events
 from server.field_summary import FieldSummary
 from server.home import CoordinatorHome
+from server.run_store import is_used
 from server.superlink import Control
 
 __all__ = ["end", "follow", "new_run_id", "require_free", "submit", "summary_of"]
 
 _LOOK_SECONDS = 0.5
 _READY_SECONDS = 30.0
+_START_SECONDS = 60.0
+_ENDING_SECONDS = 10.0
 _SUBMISSION = "submission.json"  # Flower's number of the run's newest app
 
 
 def require_free(home: CoordinatorHome, control: Control) -> None:
     """Refuse a second run beside one that goes on.
 
+    Flower takes up to a minute to miss an app that was killed. Whether one lives shows at once: it holds its run's
+    folder. Of one that does not, Flower's own record is closed here.
+
     Raises:
         RunError: there is one.
     """
     for path in sorted(home.processes.glob(f"*.{_SUBMISSION}")):
         number = json.loads(path.read_bytes())["flower_run"]
-        if not control.run(number).over:
-            name = path.name.removesuffix(f".{_SUBMISSION}")
+        if control.run(number).over:
+            continue
+        name = path.name.removesuffix(f".{_SUBMISSION}")
+        starts = time.time() - path.stat().st_mtime < _START_SECONDS and not (home.runs / name).exists()
+        if starts or _stays_used(home.runs / name):
             raise RunError(f"run {name} goes on; wait for it, or end it with `coadapt run --stop {name}`")
+        control.stop(number)
+
+
+def _stays_used(folder: Path) -> bool:
+    """Whether a process goes on using a run; one whose SuperLink was killed ends within seconds."""
+    deadline = time.monotonic() + _ENDING_SECONDS
+    while is_used(folder):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> int:
