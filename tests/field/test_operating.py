@@ -20,6 +20,8 @@ from common.config.manifest import Columns, Manifest
 from common.errors import EnrolmentError, RunError, ServiceError
 from common.progress import EventLog, RoundFinished, RoundStarted, RunStarted, RunStopped, SiteFailed, SumOpened
 from common.records import TextRecord
+from server.field_run import prepared
+from server.home import CoordinatorHome
 
 RELAY, VAULT = 65001, 65002
 
@@ -126,6 +128,15 @@ def test_status_counts_errors_by_name_from_the_events(hospitals: Hospitals) -> N
     assert (found["run"]["bytes_up"], found["run"]["bytes_down"], found["epoch"]) == (7, 9, 1)
     seen = {site["name"]: site["last_seen"] is not None for site in found["sites"]}
     assert seen == {"north": True, "south": True, "east": True, "west": False}
+
+
+def test_no_run_begins_with_an_institution_that_was_revoked(hospitals: Hospitals) -> None:
+    hospitals.join_all()
+    home = CoordinatorHome(hospitals.coordinator)
+    assert [entry.name for entry in prepared(home)[1].institutions] == sorted(NAMES)
+    run("coordinator", "revoke", "west", "--home", hospitals.coordinator, "--yes")
+    with pytest.raises(EnrolmentError, match="west is in the roster and not admitted any more"):
+        prepared(home)
 
 
 def test_the_log_is_shown_and_a_changed_one_is_refused(hospitals: Hospitals) -> None:
