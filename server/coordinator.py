@@ -91,7 +91,7 @@ class Coordinator:
         self.adapter = first
         self.accepted = 0
         self.rounds = [StoredRound(0)]
-        run = {"manifest_sha256": self._digest, "run_id": run_id, "sites": list(sites)}
+        run: dict[str, object] = {"manifest_sha256": self._digest, "run_id": run_id, "sites": list(sites)}
         if store.stored:
             self._go_on(run)
         else:
@@ -276,7 +276,7 @@ class Coordinator:
 
     def _require_progress(self) -> None:
         """End a run whose rounds are rejected one after the other: it pays, and learns nothing. So does one
-        whose rounds are lost; those of an earlier process do not count, since whoever resumed it has seen to the sites."""
+        whose rounds are lost; those of an earlier process do not count: whoever resumed it has seen to the sites."""
         here = self.rounds[max(1, self._first_here) :][-self._lost_rounds :]
         if len(here) == self._lost_rounds and all(done.lost for done in here):
             raise RoundError(f"{here[-1].lost}; {len(here)} rounds one after the other were lost, the last is stored")
