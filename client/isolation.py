@@ -90,7 +90,7 @@ def isolated(home: SiteHome) -> str:
         data = [home.policy, home.folder / "ledger"]
         with contextlib.suppress(CoadaptError):
             policy = load_policy(home.policy)
-            files = (policy.data.train, policy.data.held_out)
+            files = (policy.data.train, policy.data.held_out, policy.data.withdrawn)
             data += [Path(policy.ledger), *(Path(name) for name in files if name)]
         for path in data:
             if path.exists() and _open_to(path, node.st_uid, home.relay.stat().st_gid):

@@ -52,7 +52,8 @@ def write_services(home: SiteHome, into: Path) -> list[Path]:
     policy = load_policy(home.policy)
     folder = home.folder.absolute()
     vault, relay = site_programs(home, None)
-    data = sorted({str(Path(file).parent) for file in (policy.data.train, policy.data.held_out) if file is not None})
+    files_of_people = (policy.data.train, policy.data.held_out, policy.data.withdrawn)
+    data = sorted({str(Path(file).parent) for file in files_of_people if file is not None})
     outside = [place for place in data if not Path(place).is_relative_to(folder)]
     ledger = Path(policy.ledger)
     # Its user may open none of these; this holds even where a mode was changed by hand.

@@ -18,10 +18,10 @@ from common.errors import CoadaptError, RunError
 from common.flower import Grid, quiet
 from common.models import find_base, load_task_model
 from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
-from common.roster import Roster, verify_roster
+from common.roster import Roster
 from server.channel import Interrupted
 from server.coordinator import Coordinator
-from server.enrolment import read_roster
+from server.enrolment import require_roster
 from server.field_channel import FieldChannel, Heads
 from server.field_summary import write_summary
 from server.home import CoordinatorHome, load_settings
@@ -32,19 +32,13 @@ __all__ = ["prepared", "run_field"]
 
 
 def prepared(home: CoordinatorHome) -> tuple[Manifest, Roster]:
-    """The manifest and the roster that every institution has signed.
+    """The manifest and the roster that every institution has signed, and whose institutions are all admitted still.
 
     Raises:
         CoadaptError: something is missing or does not fit, in one line.
     """
     manifest = load_manifest(home.manifest)
-    signed, identity = read_roster(home), home.identity()
-    roster = verify_roster(
-        signed,
-        own_key=identity.public,
-        pinned=signed.roster.digest(),
-        unsafe_two_sites=manifest.secure_sum.unsafe_two_sites,
-    )
+    roster = require_roster(home, manifest)
     if manifest.evaluation.public is not None:
         raise RunError("evaluation.public is read in simulations alone; leave it out between institutions")
     return manifest, roster
@@ -121,14 +115,16 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
             lost_rounds=settings.attempts,
         )
         log(PhaseStarted(phase="rounds"))
-        status: Literal["finished", "interrupted", "failed"] = "finished"
-        reason = ""
+        # What no error of ours ends, such as a SuperLink that went away, is no success: the run can be resumed.
+        status: Literal["finished", "interrupted", "failed"] = "failed"
+        reason = "the coordinator's app ended unexpectedly; log/superlink.log says how"
         try:
             store.save_result(coordinator.run())
+            status, reason = "finished", ""
         except Interrupted:
             status, reason = "interrupted", "stopped by the person"
         except CoadaptError as error:
-            status, reason = "failed", str(error)
+            reason = str(error)
             raise
         finally:
             write_summary(store, manifest, roster, coordinator, status, reason, channel.reasons)

@@ -211,7 +211,7 @@ class Control:
         with _told():
             answer = self._client.StartRun(request)
         if not answer.HasField("run_id"):
-            raise ServiceError("the SuperLink did not start the run; its log says why")
+            raise ServiceError("the SuperLink did not start the run; log/superlink.log says why")
         return int(answer.run_id)
 
     def run(self, number: int) -> FlowerRun:

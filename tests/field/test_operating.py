@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from enrolled import NAMES, Hospitals, run, said
@@ -18,8 +20,12 @@ from client.records import write_records
 from common.config.annotate import annotated
 from common.config.manifest import Columns, Manifest
 from common.errors import EnrolmentError, RunError, ServiceError
+from common.flower import Grid
 from common.progress import EventLog, RoundFinished, RoundStarted, RunStarted, RunStopped, SiteFailed, SumOpened
 from common.records import TextRecord
+from server.field_run import prepared, run_field
+from server.home import CoordinatorHome
+from server.submission import summary_of
 
 RELAY, VAULT = 65001, 65002
 
@@ -126,6 +132,29 @@ def test_status_counts_errors_by_name_from_the_events(hospitals: Hospitals) -> N
     assert (found["run"]["bytes_up"], found["run"]["bytes_down"], found["epoch"]) == (7, 9, 1)
     seen = {site["name"]: site["last_seen"] is not None for site in found["sites"]}
     assert seen == {"north": True, "south": True, "east": True, "west": False}
+
+
+def test_no_run_begins_with_an_institution_that_was_revoked(hospitals: Hospitals) -> None:
+    hospitals.join_all()
+    home = CoordinatorHome(hospitals.coordinator)
+    assert [entry.name for entry in prepared(home)[1].institutions] == sorted(NAMES)
+    run("coordinator", "revoke", "west", "--home", hospitals.coordinator, "--yes")
+    with pytest.raises(EnrolmentError, match="west is in the roster and not admitted any more"):
+        prepared(home)
+
+
+def test_a_run_whose_superlink_went_away_is_no_success(hospitals: Hospitals) -> None:
+    class Gone:
+        def get_node_ids(self) -> list[int]:
+            raise ConnectionError("the SuperLink is gone")
+
+    hospitals.join_all()
+    home = CoordinatorHome(hospitals.coordinator)
+    with pytest.raises(ConnectionError):
+        run_field(cast(Grid, Gone()), home, "one", stop=threading.Event())
+    found = summary_of(home.runs / "one")
+    assert found is not None
+    assert (found.status, found.reason != "") == ("failed", True)
 
 
 def test_the_log_is_shown_and_a_changed_one_is_refused(hospitals: Hospitals) -> None:
