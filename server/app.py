@@ -1,10 +1,7 @@
 """The coordinator's Flower app: Flower starts it for a run that `coadapt run` has submitted."""
 
 import os
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
 
 from common.flower import Context, Grid, ServerApp
 from server.home import CoordinatorHome
@@ -20,10 +17,5 @@ def main(grid: Grid, context: Context) -> None:
     """Run or resume the run that is named in the run's configuration."""
     from server.field_run import run_field
 
-    stop = threading.Event()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGUSR1, ask)
-    run_field(grid, CoordinatorHome(Path(os.environ[HOME])), str(context.run_config["run"]), stop=stop)
+    # Flower ends its apps by a signal of its own; what is stored then stays, and the run can be resumed.
+    run_field(grid, CoordinatorHome(Path(os.environ[HOME])), str(context.run_config["run"]))

@@ -19,7 +19,6 @@ from common.flower import Grid, quiet
 from common.models import find_base, load_task_model
 from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
 from common.roster import Roster
-from server.channel import Interrupted
 from server.coordinator import Coordinator
 from server.enrolment import require_roster
 from server.field_channel import FieldChannel, Heads
@@ -44,7 +43,7 @@ def prepared(home: CoordinatorHome) -> tuple[Manifest, Roster]:
     return manifest, roster
 
 
-def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading.Event) -> None:
+def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
     """Run or resume a run over a Flower grid.
 
     Raises:
@@ -86,7 +85,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
             manifest_sha256=manifest.digest(),
             run_id=run_id,
             heads=Heads(home.folder / "ledger-heads.json"),
-            stop=stop,
+            stop=threading.Event(),
             phase_seconds=settings.phase_seconds,
             poll_seconds=settings.poll_seconds,
         )
@@ -121,8 +120,9 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str, *, stop: threading
         try:
             store.save_result(coordinator.run())
             status, reason = "finished", ""
-        except Interrupted:
-            status, reason = "interrupted", "stopped by the person"
+        except (KeyboardInterrupt, SystemExit):
+            status, reason = "interrupted", "stopped by the person, or with the SuperLink"
+            raise
         except CoadaptError as error:
             reason = str(error)
             raise

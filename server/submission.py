@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from server.home import CoordinatorHome
 from server.run_store import is_used
 from server.superlink import Control
 
-__all__ = ["end", "follow", "new_run_id", "require_free", "submit", "summary_of"]
+__all__ = ["Submission", "end", "follow", "new_run_id", "require_free", "submit", "summary_of"]
 
 _LOOK_SECONDS = 0.5
 _READY_SECONDS = 30.0
@@ -56,8 +57,17 @@ def _stays_used(folder: Path) -> bool:
     return False
 
 
-def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> int:
-    """Have Flower start the run's app; Flower's number for it.
+@dataclass(frozen=True)
+class Submission:
+    """A run, Flower's number of its app, and how many events lay there before."""
+
+    run_id: str
+    number: int
+    seen: int
+
+
+def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> Submission:
+    """Have Flower start the run's app.
 
     Raises:
         RunError: there is (or, to resume, is not) such a run, or it has finished.
@@ -68,15 +78,16 @@ def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> int:
         raise RunError(f"there is no run {run_id} in {home.runs} to resume; without --resume a new one begins")
     if not resume and folder.exists():
         raise RunError(f"{folder} exists already; go on with --resume {run_id}, or choose another --run-id")
-    if resume and (before := summary_of(folder)) is not None and before.status == "finished":
+    if resume and (folder / "adapter").exists():
         raise RunError(f"run {run_id} has finished; its adapter is {folder / 'adapter'}")
+    home.runs.mkdir(parents=True, exist_ok=True)
+    seen = sum(1 for _ in _from(folder / "events.jsonl", 0))
     with Control(home) as control:
         control.wait_until_ready(seconds=_READY_SECONDS)
         require_free(home, control)
-        number = control.submit(run_id)
-    home.runs.mkdir(parents=True, exist_ok=True)
-    write_text(home.processes / f"{run_id}.{_SUBMISSION}", json.dumps({"flower_run": number}) + "\n")
-    return number
+        submitted = Submission(run_id, control.submit(run_id), seen)
+    write_text(home.processes / f"{run_id}.{_SUBMISSION}", json.dumps({"flower_run": submitted.number}) + "\n")
+    return submitted
 
 
 def end(home: CoordinatorHome, run_id: str) -> None:
@@ -99,13 +110,14 @@ def new_run_id(name: str) -> str:
     return f"{name}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def follow(home: CoordinatorHome, run_id: str, number: int) -> Iterator[Event]:
+def follow(home: CoordinatorHome, submission: Submission) -> Iterator[Event]:
     """The run's events as they come, until its app has ended.
 
     Raises:
         RunError: the app ended before it could write any, with what Flower says of it.
     """
-    path, seen = home.runs / run_id / "events.jsonl", _count(home.runs / run_id / "events.jsonl")
+    run_id, number, seen = submission.run_id, submission.number, submission.seen
+    path = home.runs / run_id / "events.jsonl"
     begun = False
     with Control(home) as control:
         while True:
@@ -139,10 +151,6 @@ def summary_of(folder: Path) -> FieldSummary | None:
         return None
     except (OSError, ValidationError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}); restore it from a backup") from error
-
-
-def _count(path: Path) -> int:
-    return sum(1 for _ in _from(path, 0))
 
 
 def _from(path: Path, seen: int) -> Iterator[Event]:

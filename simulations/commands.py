@@ -163,10 +163,10 @@ def run(
         return
     manifest, _ = prepared(place)
     name = resume or run_id or new_run_id(manifest.name)
-    number = submit(place, name, resume=resume is not None)
+    submitted = submit(place, name, resume=resume is not None)
     with LiveView(console) as view:
         try:
-            for event in follow(place, name, number):
+            for event in follow(place, submitted):
                 view(event)
         except KeyboardInterrupt:
             end(place, name)

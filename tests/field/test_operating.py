@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -151,7 +150,7 @@ def test_a_run_whose_superlink_went_away_is_no_success(hospitals: Hospitals) -> 
     hospitals.join_all()
     home = CoordinatorHome(hospitals.coordinator)
     with pytest.raises(ConnectionError):
-        run_field(cast(Grid, Gone()), home, "one", stop=threading.Event())
+        run_field(cast(Grid, Gone()), home, "one")
     found = summary_of(home.runs / "one")
     assert found is not None
     assert (found.status, found.reason != "") == ("failed", True)
