@@ -91,7 +91,7 @@ class Coordinator:
         self.adapter = first
         self.accepted = 0
         self.rounds = [StoredRound(0)]
-        run = {"manifest_sha256": self._digest, "run_id": run_id, "sites": list(sites)}
+        run: dict[str, object] = {"manifest_sha256": self._digest, "run_id": run_id, "sites": list(sites)}
         if store.stored:
             self._go_on(run)
         else:
