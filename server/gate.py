@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import CoadaptError
 from server.enrolment import admitted
-from server.gate_limits import Buckets, Room, guarded, more_files, network_of
+from server.gate_limits import HEADER_SECONDS, Buckets, Room, guarded, more_files, network_of
 from server.home import CoordinatorHome, CoordinatorSettings, load_settings
 from server.superlink import READY_SECONDS, Control, loopback_certificate, superlink_url
 
@@ -269,14 +269,20 @@ def let_in(home: CoordinatorHome) -> None:
         control.keep(keys)
 
 
-def server_of(app: ASGIApp, home: CoordinatorHome, settings: CoordinatorSettings) -> uvicorn.Server:
-    """The gate's server; `run` serves until SIGTERM or SIGINT."""
+def server_of(
+    app: ASGIApp,
+    home: CoordinatorHome,
+    settings: CoordinatorSettings,
+    *,
+    header_seconds: float = HEADER_SECONDS,
+) -> uvicorn.Server:
+    """The gate's server; `run` serves until SIGTERM or SIGINT. `header_seconds` is how long a header may take."""
     host, _, port = settings.listen.rpartition(":")
     config = uvicorn.Config(
         app,
         host=host.strip("[]"),
         port=int(port),
-        http=guarded(most=MOST_CONNECTIONS),
+        http=guarded(most=MOST_CONNECTIONS, header_seconds=header_seconds),
         ws="none",
         loop="server.gate_limits:new_loop",
         ssl_certfile=str(home.certificate),

@@ -12,7 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Buckets", "Room", "guarded", "more_files", "network_of", "new_loop"]
+__all__ = ["HEADER_SECONDS", "Buckets", "Room", "guarded", "more_files", "network_of", "new_loop"]
 
 MOST_HOSTS = 4096
 # A hospital may send all its traffic from one address, and a site needs a handful of connections.
