@@ -10,16 +10,20 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default
 
+import io
 import logging
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from common.errors import MessageError
 
 __all__ = [
+    "UNREADABLE",
     "ClientApp",
     "ConfigRecord",
     "Context",
@@ -34,6 +38,18 @@ __all__ = [
 
 ENVELOPE = "envelope"
 
+# What Flower raises where it cannot build a message from what the other side wrote. A SuperLink that is gone is another
+# kind of error.
+UNREADABLE: tuple[type[Exception], ...] = (
+    UnexpectedObjectContentError,
+    DecodeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+)
+
 
 def pack(data: bytes) -> RecordDict:
     """An envelope as a Flower record: one array of bytes, which Flower sends in pieces when it is large."""
@@ -41,15 +57,23 @@ def pack(data: bytes) -> RecordDict:
 
 
 def unpack(content: RecordDict) -> bytes:
-    """The envelope in a Flower record.
+    """The envelope in a Flower record, which anybody may have written.
 
     Raises:
         MessageError: there is none.
     """
     try:
-        return content.array_records[ENVELOPE][ENVELOPE].numpy().tobytes()
-    except (KeyError, ValueError) as error:
+        written = io.BytesIO(content.array_records[ENVELOPE][ENVELOPE].data)
+        # numpy.load would take other formats too, and allocate what a header asks for before it looks for the bytes.
+        if np.lib.format.read_magic(written) != (1, 0):
+            raise ValueError("not the version that Flower writes")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(written)
+        data = written.read()
+        if dtype != np.uint8 or shape != (len(data),):
+            raise ValueError("not an array of so many bytes")
+    except (KeyError, ValueError, TypeError, EOFError, AttributeError) as error:
         raise MessageError("a Flower message carries no envelope") from error
+    return data
 
 
 def quiet(level: int = logging.ERROR) -> None:

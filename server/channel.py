@@ -12,7 +12,7 @@ from common.flower import ConfigRecord, Grid, Message, RecordDict, pack, unpack
 from common.messages import Envelope, decode
 from common.secure_sum.messages import VERSION
 
-__all__ = ["Channel", "FlowerChannel", "Interrupted", "Reply"]
+__all__ = ["Channel", "FlowerChannel", "Interrupted", "Reply", "fixed_word"]
 
 
 # What a code may look like; anything else might be text from a record.
@@ -105,14 +105,18 @@ class FlowerChannel:
         return content
 
 
+def fixed_word(code: object) -> str:
+    """A code as a site's side gave it, or MessageError's where it has not the form of one."""
+    return code if isinstance(code, str) and _CODE.fullmatch(code) else MessageError.code
+
+
 def _read(site: str, message: Message, bytes_down: int) -> Reply:
     if message.has_error():
         # Flower puts the text of the site's exception here; it may hold a record and is not looked at.
         return Reply(site, None, f"flower_{message.error.code}", 0, bytes_down)
     failure = message.content.config_records.get("failure")
     if failure is not None:
-        code = str(failure.get("code", ""))
-        return Reply(site, None, code if _CODE.fullmatch(code) else MessageError.code, 0, bytes_down)
+        return Reply(site, None, fixed_word(failure.get("code", "")), 0, bytes_down)
     try:
         data = unpack(message.content)
         if data[:1] == bytes([VERSION]):  # an envelope begins with a zero, the high byte of a length

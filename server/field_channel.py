@@ -9,19 +9,19 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.durable import write_text
 from common.errors import CoadaptError, MessageError, RunError, SignatureRefused, WrongContext
-from common.flower import Grid, Message, pack, unpack
-from common.frames import Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
+from common.flower import UNREADABLE, Grid, Message, pack, unpack
+from common.frames import MOST_HEADER_BYTES, Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
 from common.identity import Identity
 from common.messages import decode
 from common.roster import Roster
 from common.secure_sum.messages import VERSION
-from server.channel import Interrupted, Reply
+from server.channel import Interrupted, Reply, fixed_word
 
 __all__ = ["FieldChannel", "Heads"]
 
@@ -51,7 +51,7 @@ class Heads:
         try:
             written = json.loads(path.read_bytes()) if path.exists() else {}
             self._heads = {name: LedgerHead(**head) for name, head in written.items()}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunError(f"{path} is damaged ({type(error).__name__}); restore it from a backup") from error
 
     def of(self, site: str) -> LedgerHead | None:
@@ -77,13 +77,12 @@ class _Asked:
     about: str
     polling: bool = False
     message: str = ""  # Flower's id of the message that is out
+    node: int = 0  # where it went
     sequence: int = 0
     sent_at: float = 0.0
     next_at: float = 0.0
     trouble: str = ""  # the last failure on the way, which is the reason if the time runs out
-    code: str = ""
-    reason: str = ""
-    progress: float = field(default=0.0)
+    missing_since: float = 0.0  # since when it has no node; without meaning while it has one
 
 
 class FieldChannel:
@@ -114,10 +113,11 @@ class FieldChannel:
         self._numbers = {entry.name: entry.site for entry in roster.institutions}
         self._names = {number: name for name, number in self._numbers.items()}
         self._nodes: dict[str, int] = {}
-        self._greeted: dict[str, tuple[int, float]] = {}  # Flower's message id: node, when
+        self._greeted: dict[str, tuple[int, float, int]] = {}  # Flower's message id: node, when, the order's sequence
         self._online: set[int] = set()
         self._looked_at = 0.0
         self._sequence = 0
+        self._one_by_one = False  # whether replies are fetched singly: one was found that Flower cannot read
         self.reasons: dict[str, str] = {}
         self.progress: dict[str, float] = {}
 
@@ -129,7 +129,13 @@ class FieldChannel:
         """
         began = time.monotonic()
         asked = {
-            site: _Asked(site, data, "message" if data[:1] == bytes([VERSION]) else "request", payload_digest(data))
+            site: _Asked(
+                site,
+                data,
+                "message" if data[:1] == bytes([VERSION]) else "request",
+                payload_digest(data),
+                missing_since=began,
+            )
             for site, data in requests.items()
         }
         while asked:
@@ -142,7 +148,12 @@ class FieldChannel:
                 del asked[each.site]
                 yield outcome
             for each in list(asked.values()):
-                absent = each.site not in self._nodes and now - began > min(self._absent, self._phase)
+                # From when it was last there, and not from the beginning: a site that is killed may come back.
+                if each.site in self._nodes:
+                    each.missing_since = now
+                absent = now - each.missing_since > self._absent or (
+                    each.site not in self._nodes and not each.node and now - began > self._phase
+                )
                 if absent or now - began > self._phase:
                     del asked[each.site]
                     if not absent:
@@ -160,20 +171,22 @@ class FieldChannel:
         self._online = set(self._grid.get_node_ids())
         known = {node for node in self._nodes.values() if node in self._online}
         self._nodes = {site: node for site, node in self._nodes.items() if node in known}
-        for message, (_, when) in list(self._greeted.items()):
+        for message, (_, when, _) in list(self._greeted.items()):
             if now - when > LOST_SECONDS:
                 del self._greeted[message]
         missing = [site for site in asked if site not in self._nodes]
-        greeted = {node for node, _ in self._greeted.values()}
+        greeted = {node for node, _, _ in self._greeted.values()}
         for node in sorted(self._online - known - greeted) if missing else ():
-            frame = seal_frame(self._identity, self._order("hello", missing[0], ""))
+            order = self._order("hello", missing[0], "")
+            frame = seal_frame(self._identity, order)
             for message in self._grid.push_messages([Message(pack(frame), node, MESSAGE_TYPE)]):
                 if message:
-                    self._greeted[str(message)] = (node, now)
+                    self._greeted[str(message)] = (node, now, order.sequence)
 
     def _send_due(self, asked: Mapping[str, _Asked], now: float) -> None:
         for each in asked.values():
-            if each.message and now - each.sent_at > LOST_SECONDS:
+            moved = self._nodes.get(each.site, each.node) != each.node  # the old node answers no more
+            if each.message and (moved or now - each.sent_at > LOST_SECONDS):
                 each.message, each.trouble = "", "lost"
             if not each.message and now >= each.next_at and each.site in self._nodes:
                 if each.polling:
@@ -188,7 +201,7 @@ class FieldChannel:
         order = self._order(kind, each.site, each.about if kind in ("poll", "cancel") else "")
         frame = seal_frame(self._identity, order, payload)
         (message,) = self._grid.push_messages([Message(pack(frame), node, MESSAGE_TYPE)]) or (None,)
-        each.message, each.sequence, each.sent_at = str(message or ""), order.sequence, now
+        each.message, each.node, each.sequence, each.sent_at = str(message or ""), node, order.sequence, now
         if not each.message:
             each.next_at = now + AGAIN_SECONDS
 
@@ -210,21 +223,45 @@ class FieldChannel:
     def _taken_in(self, asked: Mapping[str, _Asked], now: float) -> Iterator[tuple[_Asked, Reply]]:
         """Replies that have come; what ends a site's part of the exchange is yielded."""
         by_message = {each.message: each for each in asked.values() if each.message}
-        wanted = [*by_message, *self._greeted]
-        for message in self._grid.pull_messages(wanted) if wanted else ():
+        for message in self._pulled(list(by_message.values()), now):
             about = str(message.metadata.reply_to_message_id)
             if about in self._greeted:
-                self._met(message, self._greeted.pop(about)[0])
+                node, _, sequence = self._greeted.pop(about)
+                self._met(message, node, sequence)
             elif about in by_message:
-                each = by_message[about]
+                each = by_message.pop(about)  # a second reply to the same is nobody's
                 each.message = ""
                 if (outcome := self._outcome(each, message, now)) is not None:
                     yield each, outcome
 
-    def _met(self, message: Message, node: int) -> None:
+    def _pulled(self, out: Sequence[_Asked], now: float) -> Iterator[Message]:
+        """The replies that are there.
+
+        Flower builds a message from what the other side wrote, and a node that writes nonsense makes that fail, for
+        the others whose replies are fetched with it too. Whatever was out is then sent again and fetched singly, so
+        that only the one that writes nonsense gets nowhere.
+        """
+        wanted = [*(each.message for each in out), *self._greeted]
+        for part in [[one] for one in wanted] if self._one_by_one else [wanted] if wanted else ():
+            try:
+                found = list(self._grid.pull_messages(part))
+            except UNREADABLE:
+                self._one_by_one = True
+                for each in out:
+                    if each.message in part:
+                        each.message, each.trouble, each.next_at = "", MessageError.code, now + AGAIN_SECONDS
+                for message in part:
+                    self._greeted.pop(message, None)
+                continue
+            yield from found
+
+    def _met(self, message: Message, node: int, sequence: int) -> None:
         """Learn which site a node is: whoever signs the answer with its key. A refusal is an answer too."""
         with contextlib.suppress(CoadaptError):
             answer, _ = self._opened(message)
+            # An answer that was recorded elsewhere must not make a node pass for another's.
+            if answer.to != sequence and not _unread(answer):
+                raise WrongContext("an answer to another greeting")
             self._nodes[self._names[answer.site]] = node
             self._heads.saw(self._names[answer.site], answer.ledger)
 
@@ -240,7 +277,8 @@ class FieldChannel:
             return None
         try:
             answer, payload = self._opened(message)
-            if answer.site != self._numbers[each.site] or answer.to != each.sequence or answer.about != each.about:
+            ours = (answer.to, answer.about) == (each.sequence, each.about) or _unread(answer)
+            if answer.site != self._numbers[each.site] or not ours:
                 raise WrongContext(f"site {each.site} answers another order")
         except CoadaptError as error:
             return Reply(each.site, None, error.code, 0, size)
@@ -259,8 +297,9 @@ class FieldChannel:
                 each.polling, each.next_at = False, now
                 return None
             case "refused":
-                self.reasons[each.site] = answer.reason
-                return Reply(each.site, None, answer.code or MessageError.code, len(payload), size)
+                reason = _printable(answer.reason)
+                self.reasons[each.site] = reason
+                return Reply(each.site, None, answer.code or MessageError.code, len(payload), size, reason=reason)
             case "done":
                 return Reply(each.site, None, "", 0, size)
             case _:
@@ -275,16 +314,22 @@ class FieldChannel:
         data = unpack(message.content)
         number = _site_in(data)
         answer, payload = open_frame(Answer, self._roster.public_key_of(number), data)
-        said = (answer.federation, answer.epoch, answer.manifest_sha256, answer.site)
-        if said[:2] != (self._roster.federation.hex(), self._roster.epoch) or said[3] != number:
+        said = (answer.federation, answer.epoch, answer.site)
+        if said != (self._roster.federation.hex(), self._roster.epoch, number):
             raise WrongContext("an answer of another federation or roster")
+        # A site that agreed to another manifest can say so, and nothing else.
+        if answer.kind != "refused" and (answer.manifest_sha256, answer.run_id) != (
+            self._manifest_sha256,
+            self._run_id,
+        ):
+            raise WrongContext("an answer under another manifest or of another run")
         return answer, payload
 
 
 def _site_in(data: bytes) -> int:
     """The number that a frame gives for its site; whether it is true, the signature under that site's key will show."""
     try:
-        length = int.from_bytes(data[:8], "big")
+        length = min(int.from_bytes(data[:8], "big"), MOST_HEADER_BYTES)
         number = json.loads(data[8 : 8 + length])["site"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureRefused("an answer without a readable header") from error
@@ -298,7 +343,18 @@ def _trouble(message: Message) -> str | None:
     if message.has_error():
         return f"flower_{message.error.code}"
     failure = message.content.config_records.get("failure")
-    return None if failure is None else str(failure.get("code", "")) or MessageError.code
+    return None if failure is None else fixed_word(failure.get("code", ""))
+
+
+def _unread(answer: Answer) -> bool:
+    """Whether a site refuses an order that it did not even open, because of its size or signature: it knows neither
+    its number nor its payload. An old one that is shown again can only keep its own site out."""
+    return answer.kind == "refused" and answer.to == 0 and not answer.about
+
+
+def _printable(text: str) -> str:
+    """A site's words, without what could steer the terminal that shows them."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _reply(site: str, payload: bytes, bytes_down: int) -> Reply:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from starlette.types import Message
 
-from server.gate import FLEET, Buckets, _OnlyFleet
+from server.gate import FLEET, _OnlyFleet
+from server.gate_limits import Buckets
 
 BAD = [
     b"/v1/control/start-run",
