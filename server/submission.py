@@ -1,5 +1,6 @@
 """A run as whoever started it sees it: submitted to Flower, followed by its events, stopped, and told how it ended."""
 
+import contextlib
 import datetime
 import json
 import secrets
@@ -11,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common.durable import write_text
-from common.errors import RunError
+from common.errors import RunError, ServiceError
 from common.progress import Event, RunStarted, RunStopped, read_events
 from server.field_summary import FieldSummary
 from server.home import CoordinatorHome
@@ -44,7 +45,8 @@ def require_free(home: CoordinatorHome, control: Control) -> None:
         starts = time.time() - path.stat().st_mtime < _START_SECONDS and not (home.runs / name).exists()
         if starts or _stays_used(home.runs / name):
             raise RunError(f"run {name} goes on; wait for it, or end it with `coadapt run --stop {name}`")
-        control.stop(number)
+        with contextlib.suppress(ServiceError):  # Flower has just noticed it itself
+            control.stop(number)
 
 
 def _stays_used(folder: Path) -> bool:

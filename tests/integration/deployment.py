@@ -176,7 +176,7 @@ class Deployment:
 
     def logs(self) -> str:
         paths = [path for path in self.folder.rglob("*.log") if "runs" not in path.parts]
-        return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths))
+        return "\n".join(f"== {path}\n{_worth_reading(path.read_text(errors='replace'))}" for path in sorted(paths))
 
     def site(self, name: str) -> SiteHome:
         return SiteHome(self.folder / name)
@@ -229,6 +229,12 @@ class Deployment:
                 ):
                     found.append(each)
         return found
+
+
+def _worth_reading(log: str) -> str:
+    """The end of a log without the lines that come with every message."""
+    lines = [line for line in log.splitlines() if "INFO" not in line]
+    return "\n".join(lines)[-4000:]
 
 
 def kill(*processes: psutil.Process) -> None:
