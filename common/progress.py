@@ -219,7 +219,7 @@ class EventLog:
 
 def _cut_torn_line(path: Path) -> None:
     """Take away what a crash left of a line, so that the next one is whole."""
-    if path.exists():
+    if path.is_file():  # and no device
         data = path.read_bytes()
         if (whole := data.rfind(b"\n") + 1) != len(data):
             os.truncate(path, whole)

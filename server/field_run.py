@@ -6,6 +6,7 @@ submitted it can be told, and the folder stays as it is, to be resumed.
 
 import contextlib
 import threading
+import traceback
 from pathlib import Path
 from typing import Literal
 
@@ -116,7 +117,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
         log(PhaseStarted(phase="rounds"))
         # What no error of ours ends, such as a SuperLink that went away, is no success: the run can be resumed.
         status: Literal["finished", "interrupted", "failed"] = "failed"
-        reason = "the coordinator's app ended unexpectedly; log/superlink.log says how"
+        reason = "the coordinator's app ended unexpectedly; log/app.log says how"
         try:
             store.save_result(coordinator.run())
             status, reason = "finished", ""
@@ -126,6 +127,14 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
         except CoadaptError as error:
             reason = str(error)
             raise
+        except Exception as error:  # Flower shows its app's output to nobody
+            _note(home.logs / "app.log", error)
+            raise
         finally:
             write_summary(store, manifest, roster, coordinator, status, reason, channel.reasons)
             log(RunStopped(status=status, reason=reason))
+
+
+def _note(path: Path, error: Exception) -> None:
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)) + "\n")

@@ -128,7 +128,7 @@ def test_a_site_is_killed_and_the_run_goes_on(enrolled: Enrolled, what: str) -> 
         in_round(it, 1, 1.0)
         kill(it.vault("south") if what == "vault" else it.supernode("south"))
         printed, _ = going.communicate(timeout=400)
-        assert going.returncode == 0, printed
+        assert going.returncode == 0, f"{printed}\n{it.logs()}"
     agree(it)
     rounds = it.summary("run")["rounds"][1:]
     assert all(len(each["answered"]) >= 3 for each in rounds)

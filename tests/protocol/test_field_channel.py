@@ -314,7 +314,7 @@ def test_lost_messages_are_sent_again(world: World) -> None:
 
     def loses(message: Message) -> list[Message]:
         seen.append(message)
-        order, payload = open_frame(Order, world.coordinator.public, unpack(message.content))
+        _, payload = open_frame(Order, world.coordinator.public, unpack(message.content))
         return right(message) if not payload or len(seen) > 4 else []
 
     world.grid.nodes[101] = loses
