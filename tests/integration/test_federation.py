@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from client.records import write_records
-from common.adapters import first_state, load_adapter, set_state
+from common.adapters import load_adapter
 from common.config.annotate import annotated
 from common.config.manifest import Columns, Manifest
-from common.evaluation import measure
 from common.models import find_base
 from common.randomness import seeded
 from common.records import TextRecord
@@ -143,7 +142,7 @@ def short(tmp_path: Path) -> Iterator[Path]:
     import shutil
     import tempfile
 
-    folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))  # noqa: S108
+    folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
