@@ -311,6 +311,8 @@ class FieldChannel:
         Raises:
             MessageError, SecureSumError: it is none.
         """
+        if message.has_error():
+            raise MessageError("Flower's error in place of an answer")
         data = unpack(message.content)
         number = _site_in(data)
         answer, payload = open_frame(Answer, self._roster.public_key_of(number), data)

@@ -1,0 +1,130 @@
+"""How a run is begun, resumed and followed, with a stand-in for Flower's control API."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from common.errors import RunError
+from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
+from server import submission
+from server.home import CoordinatorHome
+from server.superlink import FlowerRun
+
+STARTED = RunStarted(run_id="one", federation="f", sites=(), rounds=1, metrics=(), trainable_parameters=1)
+
+
+class FakeControl:
+    status: ClassVar[str] = "running"
+    submitted: ClassVar[list[str]] = []
+    stopped: ClassVar[list[int]] = []
+
+    def __init__(self, home: CoordinatorHome) -> None:
+        self.home = home
+
+    def __enter__(self) -> "FakeControl":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, run_id: str) -> int:
+        self.submitted.append(run_id)
+        return 40 + len(self.submitted)
+
+    def run(self, number: int) -> FlowerRun:
+        return FlowerRun(number, self.status, "out of memory")
+
+    def stop(self, number: int) -> None:
+        self.stopped.append(number)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CoordinatorHome:
+    for name, value in {"status": "running", "submitted": [], "stopped": []}.items():
+        monkeypatch.setattr(FakeControl, name, value)
+    monkeypatch.setattr(submission, "Control", FakeControl)
+    monkeypatch.setattr(submission, "_LOOK_SECONDS", 0.001)
+    made = CoordinatorHome(tmp_path)
+    made.processes.mkdir()
+    return made
+
+
+def summary(status: str) -> str:
+    values: dict[str, Any] = {
+        "first_line": "", "run_id": "one", "federation": "f", "status": status, "reason": "", "manifest_sha256": "",
+        "roster_sha256": "", "sites": [], "refusals": {}, "rounds": [], "selected_round": 0,
+    }  # fmt: skip
+    return json.dumps(values)
+
+
+def test_one_run_at_a_time(home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert submission.submit(home, "one", resume=False) == 41
+    with pytest.raises(RunError, match="run one goes on"):
+        submission.submit(home, "two", resume=False)
+    monkeypatch.setattr(FakeControl, "status", "finished:failed")
+    assert submission.submit(home, "two", resume=False) == 42
+    assert FakeControl.submitted == ["one", "two"]
+
+
+def test_only_what_was_begun_is_resumed_and_only_what_was_not_is_begun(home: CoordinatorHome) -> None:
+    with pytest.raises(RunError, match="no run one"):
+        submission.submit(home, "one", resume=True)
+    (home.runs / "one" / "rounds").mkdir(parents=True)
+    with pytest.raises(RunError, match="exists already"):
+        submission.submit(home, "one", resume=False)
+    path = home.runs / "one" / "summary.json"
+    path.write_text(summary("finished"))
+    with pytest.raises(RunError, match="has finished"):
+        submission.submit(home, "one", resume=True)
+    path.write_text(summary("finished")[:-20])
+    with pytest.raises(RunError, match="damaged"):
+        submission.submit(home, "one", resume=True)
+    path.write_text(summary("interrupted"))
+    assert submission.submit(home, "one", resume=True) == 41
+    assert FakeControl.submitted == ["one"]
+
+
+def test_the_newest_app_of_a_run_is_ended(home: CoordinatorHome) -> None:
+    with pytest.raises(RunError, match="no run one"):
+        submission.end(home, "one")
+    submission.submit(home, "one", resume=False)
+    submission.end(home, "one")
+    assert FakeControl.stopped == [41]
+
+
+def test_events_of_an_earlier_app_are_passed_over(home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = home.runs / "one"
+    folder.mkdir(parents=True)
+    looks: list[int] = []
+    with contextlib.closing(EventLog(folder / "events.jsonl")) as log:
+        for event in (STARTED, RunStopped(status="interrupted", reason="killed")):
+            log(event)
+
+        def run(_: FakeControl, number: int) -> FlowerRun:
+            looks.append(number)
+            if len(looks) == 3:
+                for event in (STARTED, PhaseStarted(phase="rounds"), RunStopped(status="finished", reason="")):
+                    log(event)
+            return FlowerRun(number, "running", "")
+
+        monkeypatch.setattr(FakeControl, "run", run)
+        found = [event.name() for event in submission.follow(home, "one", 41)]
+    assert found == ["run_started", "phase_started", "run_stopped"]
+    assert looks == [41] * 3
+
+
+def test_an_app_that_dies_first_is_told_with_flowers_words(
+    home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeControl, "status", "finished:failed")
+    with pytest.raises(RunError, match=r"ended before the run did: out of memory; resume it .* --resume one"):
+        list(submission.follow(home, "one", 41))
+
+
+def test_names_of_runs_are_new_each_time() -> None:
+    names = {submission.new_run_id("wards") for _ in range(50)}
+    assert len(names) == 50
+    assert all(name.startswith("wards-") for name in names)
