@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# Two processes, each with whole files of tests.
+PARALLEL := -n 2 --dist loadfile
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -23,16 +25,16 @@ simulate: $(READY)
 	$(BIN)/coadapt simulate simulations/scenarios/contracts.toml
 
 federation: $(READY)
-	$(BIN)/python -m pytest tests/integration/test_federation.py
+	$(BIN)/python -m pytest -m 'slow or federation' tests/integration/test_federation.py tests/integration/test_survival.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not gpu and not federation'
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
