@@ -186,7 +186,8 @@ class Session:
         ledger = self._parts.ledger
         if ledger is None:
             return
-        for head in (self._seen.ledger, order.seen):
+        told = order.seen if order.site == self._number else None  # a greeting may be meant for another site
+        for head in (self._seen.ledger, told):
             if head is None:
                 continue
             try:
@@ -196,8 +197,8 @@ class Session:
                     self._remember(True, ledger=head)
                 raise
         known = self._seen.ledger
-        if order.seen is not None and (known is None or order.seen.number > known.number):
-            self._remember(True, ledger=order.seen)
+        if told is not None and (known is None or told.number > known.number):
+            self._remember(True, ledger=told)
 
     def _require_policy(self) -> Trains:
         """The vault, where the manifest is within the policy.

@@ -217,7 +217,8 @@ class FieldChannel:
             kind=kind,  # type: ignore[arg-type]  # one of the literals
             sequence=self._sequence,
             about=about,
-            seen=self._heads.of(site),
+            # A greeting may reach another site than the one it names, whose ledger would seem an older copy.
+            seen=None if kind == "hello" else self._heads.of(site),
         )
 
     def _taken_in(self, asked: Mapping[str, _Asked], now: float) -> Iterator[tuple[_Asked, Reply]]:

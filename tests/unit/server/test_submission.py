@@ -30,6 +30,9 @@ class FakeControl:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def wait_until_ready(self, *, seconds: float) -> None:
+        assert seconds > 0
+
     def submit(self, run_id: str) -> int:
         self.submitted.append(run_id)
         return 40 + len(self.submitted)
@@ -61,11 +64,11 @@ def summary(status: str) -> str:
 
 
 def test_one_run_at_a_time(home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert submission.submit(home, "one", resume=False) == 41
+    assert submission.submit(home, "one", resume=False).number == 41
     with pytest.raises(RunError, match="run one goes on"):
         submission.submit(home, "two", resume=False)
     monkeypatch.setattr(FakeControl, "status", "finished:failed")
-    assert submission.submit(home, "two", resume=False) == 42
+    assert submission.submit(home, "two", resume=False).number == 42
     assert FakeControl.submitted == ["one", "two"]
 
 
@@ -75,15 +78,11 @@ def test_only_what_was_begun_is_resumed_and_only_what_was_not_is_begun(home: Coo
     (home.runs / "one" / "rounds").mkdir(parents=True)
     with pytest.raises(RunError, match="exists already"):
         submission.submit(home, "one", resume=False)
-    path = home.runs / "one" / "summary.json"
-    path.write_text(summary("finished"))
+    (home.runs / "one" / "adapter").mkdir()
     with pytest.raises(RunError, match="has finished"):
         submission.submit(home, "one", resume=True)
-    path.write_text(summary("finished")[:-20])
-    with pytest.raises(RunError, match="damaged"):
-        submission.submit(home, "one", resume=True)
-    path.write_text(summary("interrupted"))
-    assert submission.submit(home, "one", resume=True) == 41
+    (home.runs / "one" / "adapter").rmdir()
+    assert submission.submit(home, "one", resume=True).number == 41
     assert FakeControl.submitted == ["one"]
 
 
@@ -111,7 +110,7 @@ def test_events_of_an_earlier_app_are_passed_over(home: CoordinatorHome, monkeyp
             return FlowerRun(number, "running", "")
 
         monkeypatch.setattr(FakeControl, "run", run)
-        found = [event.name() for event in submission.follow(home, "one", 41)]
+        found = [event.name() for event in submission.follow(home, submission.Submission("one", 41, 2))]
     assert found == ["run_started", "phase_started", "run_stopped"]
     assert looks == [41] * 3
 
@@ -121,7 +120,27 @@ def test_an_app_that_dies_first_is_told_with_flowers_words(
 ) -> None:
     monkeypatch.setattr(FakeControl, "status", "finished:failed")
     with pytest.raises(RunError, match=r"ended before the run did: out of memory; resume it .* --resume one"):
-        list(submission.follow(home, "one", 41))
+        list(submission.follow(home, submission.Submission("one", 41, 0)))
+
+
+def test_a_summary_is_read_or_missing_or_damaged(home: CoordinatorHome) -> None:
+    folder = home.runs / "one"
+    folder.mkdir(parents=True)
+    assert submission.summary_of(folder) is None
+    (folder / "summary.json").write_text(summary("interrupted"))
+    found = submission.summary_of(folder)
+    assert found is not None
+    assert found.status == "interrupted"
+    (folder / "summary.json").write_text(summary("finished")[:-20])
+    with pytest.raises(RunError, match="damaged"):
+        submission.summary_of(folder)
+
+
+def test_a_run_whose_app_was_killed_is_no_hindrance(home: CoordinatorHome) -> None:
+    submission.submit(home, "one", resume=False)
+    (home.runs / "one" / "rounds").mkdir(parents=True)  # the app had begun, and holds the folder no more
+    assert submission.submit(home, "one", resume=True).number == 42
+    assert FakeControl.stopped == [41]
 
 
 def test_names_of_runs_are_new_each_time() -> None:
