@@ -242,7 +242,7 @@ def test_a_site_whose_policy_forbids_it_stays_out_and_a_flood_does_not_stop_a_ro
     printed = it.run("--run-id", "second")
     flood.join()
     assert flood.sent > 2000
-    assert "west refused: limits.rounds" in printed.replace("\n", " ")
+    assert "west refused: training.rounds" in printed.replace("\n", " ")
     summary = it.summary("second")
     assert summary["status"] == "finished"
     assert [each["answered"] for each in summary["rounds"][1:]] == [sorted(set(SITES) - {"west"})] * 4
