@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from common.config.manifest import Manifest
 from simulations.tiny_base import make_causal, make_encoder
 
 torch.set_num_threads(1)
+
+# How long an example takes says nothing here: two processes share two cores.
+settings.register_profile("coadapt", deadline=None)
+settings.load_profile("coadapt")
 
 
 @pytest.fixture(scope="session")
