@@ -226,7 +226,8 @@ def test_a_run_ends_well_among_foreign_packages(full: tuple[World, Ended]) -> No
     assert (ended.rc, ended.err) == (0, "")
     assert "report: runs/full/report.html" in ended.out
     names = sorted(path.name for path in ended.run.iterdir())
-    assert names == ["adapter", "events.jsonl", "federation.toml", "report.html", "rounds", "summary.json"]
+    parts = ["adapter", "events.jsonl", "federation.toml", "measured.json", "report.html", "rounds", "summary.json"]
+    assert names == parts
     assert (ended.run / "report.html").read_text(encoding="utf-8").lower().startswith("<!doctype html>")
     assert world.leftovers() == []
 
