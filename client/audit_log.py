@@ -106,7 +106,10 @@ class AuditLog:
             )
             data = line.model_dump_json().encode() + b"\n"
             try:
+                before = os.fstat(self._file).st_size
                 whole = os.write(self._file, data) == len(data)
+                if not whole:  # half a line would make the next one seem forged
+                    os.ftruncate(self._file, before)
                 os.fsync(self._file)
             except OSError as error:
                 raise RunError(f"the audit log {self._path} cannot be written: {error.strerror}") from error

@@ -17,12 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common.errors import MalformedMessage
 from common.identity import SIGNATURE_BYTES, Identity, verify
 
-__all__ = ["Answer", "LedgerHead", "Order", "open_frame", "payload_digest", "seal_frame"]
+__all__ = ["Answer", "LedgerHead", "Order", "OrderKind", "open_frame", "payload_digest", "seal_frame"]
 
 MOST_HEADER_BYTES = 65_536
 _LENGTH_BYTES = 8
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+OrderKind = Literal["hello", "request", "message", "poll", "cancel"]
 
 
 class LedgerHead(BaseModel):
@@ -54,7 +57,7 @@ class Order(_Frame):
     `seen` is the newest end of this site's ledger that the coordinator was told.
     """
 
-    kind: Literal["hello", "request", "message", "poll", "cancel"]
+    kind: OrderKind
     sequence: int = Field(ge=0, lt=2**63)
     about: Digest | Literal[""] = ""
     seen: LedgerHead | None = None

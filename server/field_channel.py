@@ -16,7 +16,16 @@ from pathlib import Path
 from common.durable import write_text
 from common.errors import CoadaptError, MessageError, RunError, SignatureRefused, WrongContext
 from common.flower import UNREADABLE, Grid, Message, pack, unpack
-from common.frames import MOST_HEADER_BYTES, Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
+from common.frames import (
+    MOST_HEADER_BYTES,
+    Answer,
+    LedgerHead,
+    Order,
+    OrderKind,
+    open_frame,
+    payload_digest,
+    seal_frame,
+)
 from common.identity import Identity
 from common.messages import decode
 from common.roster import Roster
@@ -73,7 +82,7 @@ class _Asked:
 
     site: str
     payload: bytes
-    kind: str
+    kind: OrderKind
     about: str
     polling: bool = False
     message: str = ""  # Flower's id of the message that is out
@@ -194,7 +203,7 @@ class FieldChannel:
                 else:
                     self._send(each, each.kind, each.payload, now)
 
-    def _send(self, each: _Asked, kind: str, payload: bytes, now: float) -> None:
+    def _send(self, each: _Asked, kind: OrderKind, payload: bytes, now: float) -> None:
         node = self._nodes.get(each.site)
         if node is None:
             return
@@ -205,7 +214,7 @@ class FieldChannel:
         if not each.message:
             each.next_at = now + AGAIN_SECONDS
 
-    def _order(self, kind: str, site: str, about: str) -> Order:
+    def _order(self, kind: OrderKind, site: str, about: str) -> Order:
         # The clock, so that a coordinator that comes back does not begin below what sites have seen.
         self._sequence = max(self._sequence + 1, time.time_ns())
         return Order(
@@ -214,7 +223,7 @@ class FieldChannel:
             manifest_sha256=self._manifest_sha256,
             run_id=self._run_id,
             site=self._numbers[site],
-            kind=kind,  # type: ignore[arg-type]  # one of the literals
+            kind=kind,
             sequence=self._sequence,
             about=about,
             # A greeting may reach another site than the one it names, whose ledger would seem an older copy.

@@ -41,8 +41,7 @@ def new_coordinator(
     for path in (home.settings_file, home.signing_key, home.server_key):
         if path.exists():
             raise EnrolmentError(f"{path} exists already: {folder} holds a coordinator; name another with --home")
-    if (certificate is None) != (key is None):
-        raise EnrolmentError("an own certificate needs its key: give --certificate and --key together")
+    _require_both(certificate, key)
     values: dict[str, object] = {"version": 1, "address": address, "listen": listen or f"0.0.0.0:{port}"}
     if superlink_port is not None:
         values["superlink_port"] = superlink_port
@@ -76,6 +75,7 @@ def renew_certificate(home: CoordinatorHome, *, certificate: Path | None, key: P
     Raises:
         EnrolmentError: there is no authority's key and no pair was given, or the pair cannot be used.
     """
+    _require_both(certificate, key)
     host, _ = split_address(load_settings(home).address)
     if certificate is not None and key is not None:
         pair = own_pair(_read(certificate), _read(key), host=host)
@@ -103,6 +103,11 @@ def require_private_keys(home: CoordinatorHome) -> None:
     for path in (home.signing_key, home.server_key, home.authority_key):
         if path.exists() or path == home.signing_key:
             require_private(path)
+
+
+def _require_both(certificate: Path | None, key: Path | None) -> None:
+    if (certificate is None) != (key is None):
+        raise EnrolmentError("an own certificate needs its key: give --certificate and --key together")
 
 
 def _read(path: Path) -> bytes:

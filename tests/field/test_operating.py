@@ -239,3 +239,12 @@ def test_the_relays_user_reads_its_own_folder_alone(hospitals: Hospitals, tmp_pa
     assert stranger.stat().st_uid == 0
     home.policy.chmod(0o644)
     assert "may read" in isolated(home)
+
+
+def test_a_certificate_is_not_renewed_by_half_a_pair(hospitals: Hospitals) -> None:
+    hospitals.init()
+    home = CoordinatorHome(hospitals.coordinator)
+    before = home.certificate.read_bytes()
+    with pytest.raises(EnrolmentError, match="give --certificate and --key together"):
+        run("coordinator", "renew", "--home", hospitals.coordinator, "--certificate", home.certificate)
+    assert home.certificate.read_bytes() == before

@@ -79,3 +79,17 @@ def test_a_line_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: 
 
 def test_there_is_nothing_to_read_before_the_first_order(tmp_path: Path) -> None:
     assert list(read_audit(tmp_path / "audit.jsonl")) == []
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.add("answered", kind="hello")
+    write = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda file, data: write(file, data[:20]))
+        with pytest.raises(RunError, match="the disk is full"):
+            log.add("answered", kind="poll")
+    log.add("refused", kind="request")
+    log.close()
+    assert [(line.number, line.kind) for line in read_audit(path)] == [(1, "hello"), (2, "request")]
