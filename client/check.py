@@ -159,7 +159,7 @@ def _base(manifest: Manifest) -> Iterator[Finding]:
 
 def _data(manifest: Manifest, policy: SitePolicy) -> Iterator[Finding]:
     from client.protection import protected_units
-    from client.records import read_records
+    from common.data_files import read_records
 
     data = manifest.data.model_copy(update={"columns": policy.data.columns})
     names = {"train": policy.data.train, "held_out": policy.data.held_out}

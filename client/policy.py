@@ -14,7 +14,8 @@ from client.hours import Window
 from client.protection import Population
 from client.secure_site import sum_policy
 from common.config.loading import load_document
-from common.config.manifest import AdapterMethod, Columns, FileName, Manifest, Name, Section, Sha256, TaskKind
+from common.config.manifest import AdapterMethod, Columns, Manifest, TaskKind
+from common.config.section import FileName, Name, Section, Sha256
 from common.errors import DataError, PrivacyError
 from common.secure_sum.config import SumPolicy
 

@@ -7,12 +7,12 @@ from typing import Self
 from client.ledger import Ledger
 from client.policy import SitePolicy
 from client.protection import Population, Protection, protected_units
-from client.records import clean_name, read_records
 from client.resident import resident
 from client.round import SiteData, evaluate, project, train_round
 from client.site_log import note
 from client.state import SiteState
 from common.config.manifest import Columns, Manifest
+from common.data_files import clean_name, read_records
 from common.errors import DataError, MessageError, PrivacyError, error_code
 from common.messages import Envelope, Evaluate, Project, Refused, RoundStart, decode, encode
 from common.records import Record

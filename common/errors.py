@@ -5,6 +5,7 @@
     ├── DataError            a data file is missing, unreadable or breaks a rule
     ├── ModelError           a base model is missing, has the wrong digest or does not fit the task
     ├── AdapterError         an adapter does not fit the model or the manifest
+    ├── DistillationError    a compact model cannot be made, stored, exported or read
     ├── TrainingError        training cannot go on
     │   └── NotFiniteLoss    the loss became NaN or infinite
     ├── PrivacyError         a privacy setting breaks a rule, or a check of the private training failed
@@ -53,6 +54,7 @@ __all__ = [
     "ChecksumMismatch",
     "CoadaptError",
     "DataError",
+    "DistillationError",
     "EnrolmentError",
     "ExtensionError",
     "KeyRefused",
@@ -121,6 +123,12 @@ class AdapterError(CoadaptError):
     """An adapter does not fit the model or the manifest."""
 
     code = "adapter"
+
+
+class DistillationError(CoadaptError):
+    """A compact model cannot be made, stored, exported or read."""
+
+    code = "distillation"
 
 
 class TrainingError(CoadaptError):

@@ -27,7 +27,8 @@ def measure(
     Examples are taken in order of length, so that little is padded; counts do not depend on order. Own metrics among
     `metrics` ('module:function') are called once with all predictions and stored times the number of records.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters(), None)  # a network of another runtime has none
+    device = torch.device("cpu") if parameter is None else parameter.device
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     own = [metric for metric in metrics if ":" in metric]
     total: Counts = {}

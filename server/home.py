@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from common.config.loading import load_document
-from common.config.manifest import Section
+from common.config.section import Section
 from common.errors import EnrolmentError, SignatureRefused
 from common.identity import Identity
 

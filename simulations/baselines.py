@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from client.records import read_records
 from client.resident import Resident, resident
 from client.sampling import batches
 from client.training.loop import train
 from common.adapters import set_state, train_head_alone
 from common.config.manifest import Manifest
+from common.data_files import read_records
 from common.evaluation import measure
 from common.messages import Envelope, Evaluated
 from common.metrics import Counts

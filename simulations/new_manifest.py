@@ -11,10 +11,10 @@ from pathlib import Path
 
 import typer
 
-from client.records import read_rows
 from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import DEFAULT_BASE, METRICS
+from common.data_files import read_rows
 from common.durable import write_text
 from common.errors import DataError, RunError
 from simulations.engine import pinned

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from client.protection import Population, protected_units, published
-from client.records import Cleaning, parse_rows, read_records, write_records
 from client.units import require_disjoint_units, split_units, units_of
-from common.config.manifest import Manifest, SimulationSection
+from common.config.manifest import Manifest
+from common.config.simulation import SimulationSection
+from common.data_files import Cleaning, parse_rows, read_records, write_records
 from common.durable import write_text
 from common.errors import CoadaptError, DataError, ExtensionError, RunError
 from common.extensions import load

@@ -13,7 +13,9 @@ from typing import Any, get_args
 
 import tomli_w
 
-from common.config.manifest import Commit, ImportPath, Manifest, Name, Section, Sha256
+from common.config.distillation import Share
+from common.config.manifest import Manifest
+from common.config.section import Commit, ImportPath, Name, Section, Sha256
 
 __all__ = ["KnownKey", "annotated", "annotated_document", "known_keys", "shown"]
 
@@ -32,6 +34,7 @@ _PATTERN_IN_WORDS = {
         (Sha256, "text of 64 hex digits in lower case"),
         (Commit, "text of 40 hex digits in lower case"),
         (ImportPath, "text 'module:function', an import path"),
+        (Share, "text '1/N', N from 1 to 999"),
         (Name, "text of 1 to 64 letters, digits, '.', '_' or '-' that begins with a letter or digit"),
     )
 }

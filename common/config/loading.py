@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from common.config.annotate import KnownKey, known_keys, shown
-from common.config.manifest import DEFAULT_BASE, Manifest, Section
+from common.config.manifest import DEFAULT_BASE, Manifest
+from common.config.section import Section
 from common.errors import ManifestError
 
 __all__ = ["load_document", "load_manifest"]

@@ -67,7 +67,7 @@ WITHOUT_TORCH = (
     "client.site_run",
     "client.background",
     "client.units",
-    "client.records",
+    "common.data_files",
 )
 HEAVY = ("torch", "transformers", "peft")
 

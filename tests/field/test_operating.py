@@ -16,9 +16,9 @@ from enrolled import NAMES, Hospitals, run, said
 from client.audit_log import AuditLog
 from client.home import SiteHome
 from client.isolation import find_users, isolate, isolated
-from client.records import write_records
 from common.config.annotate import annotated
 from common.config.manifest import Columns, Manifest
+from common.data_files import write_records
 from common.errors import EnrolmentError, RunError, ServiceError
 from common.flower import Grid
 from common.progress import EventLog, RoundFinished, RoundStarted, RunStarted, RunStopped, SiteFailed, SumOpened

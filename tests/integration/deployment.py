@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from client.audit_log import AuditLine, read_audit
 from client.home import SiteHome
 from client.ledger import Ledger
-from client.records import write_records
 from common.config.annotate import annotated
 from common.config.manifest import Columns, Manifest
+from common.data_files import write_records
 from common.errors import CoadaptError
 from common.models import find_base
 from common.progress import Event, read_events

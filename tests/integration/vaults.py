@@ -6,13 +6,13 @@ from typing import Any
 
 from client.ledger import Ledger
 from client.protection import Population
-from client.records import write_records
 from client.resident import resident
 from client.state import SiteState
 from client.vault import Vault
 from common.adapters import first_state, save_adapter, set_state
 from common.codec.state import AdapterState
 from common.config.manifest import Columns, Manifest
+from common.data_files import write_records
 from common.evaluation import measure
 from common.messages import Envelope, decode
 from common.metrics import Counts

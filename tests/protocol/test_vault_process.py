@@ -21,7 +21,6 @@ from vault_field import Field
 
 from client.home import Agreement, SiteHome
 from client.ledger import Ledger
-from client.records import write_records
 from client.resident import resident
 from client.run_folder import RunFolder
 from client.vault_client import call_vault
@@ -30,6 +29,7 @@ from common.adapters import first_state
 from common.bounds import bounds
 from common.config.annotate import annotated
 from common.config.manifest import Columns, Manifest
+from common.data_files import write_records
 from common.errors import CoadaptError, ServiceError
 from common.frames import payload_digest
 from common.randomness import system_bytes

@@ -9,7 +9,6 @@ import pytest
 
 from client.ledger import Ledger
 from client.protection import Population
-from client.records import write_records
 from client.resident import resident
 from client.state import SiteState
 from client.vault import Vault
@@ -17,6 +16,7 @@ from common.adapters import first_state, get_state
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Columns, Manifest
 from common.contribution import contribution, contribution_shapes, projection, projection_shapes
+from common.data_files import write_records
 from common.factors import factor_of, newest, scale
 from common.messages import Envelope, Project, Projected, Refused, RoundDone, RoundStart, decode, encode
 from common.records import TextRecord

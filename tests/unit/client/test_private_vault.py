@@ -16,7 +16,6 @@ import pytest
 from client.ledger import Ledger
 from client.policy import load_policy
 from client.protection import Population, Protection, mechanism, protected_units, published
-from client.records import write_records
 from client.resident import resident
 from client.state import SiteState
 from client.vault import Vault
@@ -24,6 +23,7 @@ from common.adapters import first_state
 from common.codec.state import state_digest
 from common.config.manifest import Columns, Manifest
 from common.contribution import Phase
+from common.data_files import write_records
 from common.errors import BudgetError, DataError, PrivacyError
 from common.factors import factor_of
 from common.messages import Envelope, Evaluate, Evaluated, Refused, RoundDone, RoundStart, decode, encode

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.records import write_records
 from client.relay import failure, relay
 from client.resident import resident
 from client.sampling import batches
@@ -17,6 +16,7 @@ from client.vault import Vault, note
 from common.adapters import first_state, get_state, set_state
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Columns, Manifest
+from common.data_files import write_records
 from common.errors import MessageError
 from common.evaluation import measure
 from common.flower import ConfigRecord, Context, Message, RecordDict, pack, unpack

@@ -7,12 +7,12 @@ import pytest
 
 from client.ledger import Ledger
 from client.policy import load_policy
-from client.records import write_records
 from client.state import SiteState
 from client.vault import Vault
 from common.adapters import first_state
 from common.codec.state import state_digest
 from common.config.manifest import Columns, Manifest
+from common.data_files import write_records
 from common.errors import DataError
 from common.messages import Envelope, RoundDone, RoundStart, decode, encode
 from common.records import TextRecord

@@ -10,8 +10,8 @@ from tokenizers import processors
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from client.records import EMPTY_WORD
 from common.config.manifest import Manifest
+from common.data_files import EMPTY_WORD
 from common.errors import ModelError
 from common.evaluation import measure
 from common.metrics import figures

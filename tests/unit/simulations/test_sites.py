@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.records import Cleaning, read_records
 from client.vault import Vault
 from common.codec.state import state_digest
 from common.config.manifest import Manifest
+from common.data_files import Cleaning, read_records
 from common.errors import DataError, ExtensionError, RunError
 from common.messages import Envelope, Evaluate, Evaluated, RoundDone, RoundStart, decode, encode
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.records import Cleaning
 from common.config.manifest import Manifest
+from common.data_files import Cleaning
 from common.records import Record, TextRecord
 from server.coordinator import Coordinator, SiteAnswer, StoredRound
 from server.guards import Rejection

@@ -114,7 +114,8 @@ def test_files_of_other_editors_are_read(tmp_path: Path, encode: Callable[[str],
         ("[trainings]\nrounds = 3", "7: trainings is not a known key; did you mean training?"),
         (
             "[evaluation]\nseed = 3",
-            "8: evaluation.seed is not a known key; did you mean training.seed or simulation.seed?",
+            "8: evaluation.seed is not a known key;"
+            " did you mean training.seed or distillation.seed or simulation.seed?",
         ),
         (
             "[aggregation]\n'to do' = 3",

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.records import EMPTY_WORD, Cleaning, parse_rows, read_records, read_rows, write_records
 from common.config.manifest import Columns, DataSection, TaskSection
+from common.data_files import EMPTY_WORD, Cleaning, parse_rows, read_records, read_rows, write_records
 from common.errors import DataError
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 

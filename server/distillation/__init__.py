@@ -1,0 +1,1 @@
+"""From a run's base and adapter to a compact domain model."""
