@@ -22,6 +22,9 @@
     ├── RoundError           too few sites answered to finish a round
     │   └── SumLost          a secure sum failed after vectors left, and must not be asked for again
     ├── RunError             a run cannot start or a run's files cannot be used
+    ├── ReleaseError         a run's result is not published, or not for this site
+    │   └── ContentRefused   a file is not what the coordinator signed
+    ├── BundleError          an offline bundle cannot be made, or is not whole
     ├── SecureSumError       a secure sum was refused or cannot be formed; whoever raises it reveals nothing
     │   ├── RosterRefused    the roster is not what every institution in it signed
     │   ├── SignatureRefused a signature does not verify
@@ -51,8 +54,10 @@ __all__ = [
     "AdapterError",
     "AppRefused",
     "BudgetError",
+    "BundleError",
     "ChecksumMismatch",
     "CoadaptError",
+    "ContentRefused",
     "DataError",
     "DistillationError",
     "EnrolmentError",
@@ -69,6 +74,7 @@ __all__ = [
     "PolicyBreach",
     "PolicyRefused",
     "PrivacyError",
+    "ReleaseError",
     "ReplayRefused",
     "RerunRefused",
     "RosterRefused",
@@ -226,6 +232,24 @@ class RunError(CoadaptError):
     """A run cannot start, or a run's files cannot be used."""
 
     code = "run"
+
+
+class ReleaseError(CoadaptError):
+    """A run's result is not published, or not for this site."""
+
+    code = "release"
+
+
+class ContentRefused(ReleaseError):
+    """A file is not what the coordinator signed."""
+
+    code = "content"
+
+
+class BundleError(CoadaptError):
+    """An offline bundle cannot be made, or is not whole."""
+
+    code = "bundle"
 
 
 class SecureSumError(CoadaptError):

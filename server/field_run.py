@@ -25,6 +25,7 @@ from server.enrolment import require_roster
 from server.field_channel import FieldChannel, Heads
 from server.field_summary import write_summary
 from server.home import CoordinatorHome, load_settings
+from server.publishing import publish
 from server.run_store import RunStore
 from server.secure_collection import SecureCollection
 
@@ -132,7 +133,17 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
             raise
         finally:
             write_summary(store, manifest, roster, coordinator, status, reason, channel.reasons)
+            if status == "finished":
+                _publish(home, run_id)
             log(RunStopped(status=status, reason=reason))
+
+
+def _publish(home: CoordinatorHome, run_id: str) -> None:
+    """Let the sites fetch the result. What fails is noted, and a person can publish it: the run has finished."""
+    try:
+        publish(home, run_id)
+    except Exception as error:
+        _note(home.logs / "app.log", error)
 
 
 def _note(path: Path, error: Exception) -> None:

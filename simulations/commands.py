@@ -180,6 +180,8 @@ def run(
     if summary.status != "finished":
         raise RunError(f"run {name} {summary.status}: {summary.reason}; go on with coadapt run --resume {name}")
     console.print(f"adapter: {place.runs / name / 'adapter'}", highlight=False, soft_wrap=True)
+    if (place.published / name).is_dir():
+        console.print(f"sites bring it with: coadapt site fetch {name}", highlight=False, soft_wrap=True)
 
 
 @app.command()
