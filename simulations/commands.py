@@ -6,14 +6,17 @@ Commands import what they need when they run, so that `coadapt --help` answers a
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from client.commands import site
-from common.errors import CoadaptError, ManifestError, RunError
+from common.errors import BundleError, CoadaptError, ManifestError, RunError
 from server.commands import coordinator
+
+if TYPE_CHECKING:
+    from simulations.bundle_format import Facts
 
 __all__ = ["app", "main"]
 
@@ -28,6 +31,8 @@ app = typer.Typer(
 
 app.add_typer(site, name="site")
 app.add_typer(coordinator, name="coordinator")
+bundle = typer.Typer(help="Everything that an institution installs, in one file, where nothing can be downloaded.")
+app.add_typer(bundle, name="bundle")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]
@@ -243,6 +248,54 @@ def bench(
     from simulations.benchmarks.bench import print_bench
 
     print_bench(name, as_json=as_json, sites=sites or (), rounds=rounds, values=values or (), repetitions=repetitions)
+
+
+@bundle.callback(invoke_without_command=True)
+def make_bundle(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The tar file to write.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: a directory or a hub id; default: Coadapt's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the base's hub repository.")] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="Also what an extra needs: compact. Repeatable.")] = None,
+    wheel: Annotated[Path | None, typer.Option(metavar="FILE", help="Coadapt's wheel; default: built here.")] = None,
+    constraints: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Pinned versions; default: Coadapt's constraints.txt.")
+    ] = None,
+) -> None:
+    """Write wheels and base model, by digest, into one tar file."""
+    if context.invoked_subcommand is not None:
+        return
+    if out is None:
+        raise BundleError("--out FILE.tar says where to write the bundle")
+    from simulations.bundle import make_bundle as make
+
+    facts, digest = make(out, base=base, revision=revision, extras=extra or (), wheel=wheel, constraints=constraints)
+    _print_bundle(out, facts, digest)
+
+
+@bundle.command("check")
+def check_bundle(file: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.")]) -> None:
+    """Compare every byte of a bundle with its digests."""
+    from simulations.bundle_format import check_bundle as read
+
+    _print_bundle(file, *read(file))
+
+
+def _print_bundle(path: Path, facts: "Facts", digest: str) -> None:
+    from simulations.bundle_format import machine
+
+    size = sum(file.size for file in facts.files.values())
+    wheels = sum(name.endswith(".whl") for name in facts.files)
+    lines = [
+        f"{path}: Coadapt {facts.coadapt}, {wheels} wheels, {size} bytes, for Python {facts.python} on"
+        f" {facts.platform}",
+        f"base {facts.base.name}, weights {facts.base.weights_sha256}",
+        f"SHA-256 of the file, to compare by phone: {digest}",
+    ]
+    if machine() != (facts.python, facts.platform):
+        lines.append(f"warning: this is Python {machine()[0]} on {machine()[1]}, where it does not install")
+    for line in lines:
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -115,8 +115,8 @@ def test_only_finished_runs_are_published_and_what_is_published_stays(tmp_path: 
     (it.home.runs / RUN / "adapter" / "adapter_config.json").write_bytes(b"[]")
     with pytest.raises(RunError, match="never replaced"):
         it.publish()
-    for name, kind in (("run.py", "must end in one of"), ("ö.json", "must be adapter/NAME")):
-        folder = it.finish(f"bad-{len(name)}")
+    for run, name, kind in (("a", "run.py", "must end in one of"), ("b", "ö.json", "must be adapter/NAME")):
+        folder = it.finish(run)
         (folder / "adapter" / name).write_bytes(b"")
         with pytest.raises(RunError, match=kind):
             it.publish(folder.name)
