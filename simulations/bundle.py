@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def make_bundle(
     source = Path(__file__).resolve().parents[1]
     constraints = _constraints(source) if constraints is None else constraints
     model = _base(base, revision)
+    if not out.absolute().parent.is_dir():
+        raise BundleError(f"there is no folder {out.absolute().parent} to write {out.name} into; make it first")
     with tempfile.TemporaryDirectory(prefix=".coadapt-bundle-", dir=out.absolute().parent) as name, new_file(out) as to:
         folder = Path(name)
         own = _built(source, folder) if wheel is None else wheel
@@ -124,16 +127,15 @@ def _download(own: Path, extras: Sequence[str], constraints: Path, wheels: Path)
 def _pip(*words: str) -> None:
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "SOURCE_DATE_EPOCH": _ZIP_EPOCH}
     found = subprocess.run(
-        [sys.executable, "-m", "pip", words[0], "--quiet", *words[1:]],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
+        [sys.executable, "-m", "pip", *words], capture_output=True, text=True, env=environment, check=False
     )
     if found.returncode:
         lines = [line for line in found.stderr.splitlines() if line.strip()] or ["it gave no reason"]
         reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
-        raise BundleError(f"pip {words[0]} failed: {' '.join(reasons)}; nothing was written")
+        # Which pin stands against which wish is not among pip's errors but in what it tells.
+        conflict = re.search(r"The conflict is caused by:\n((?: +\S.*\n)+)", found.stdout + found.stderr)
+        reasons += [line.strip() for line in conflict[1].splitlines()] if conflict else []
+        raise BundleError(f"pip {words[0]} failed: {'; '.join(reasons)}; nothing was written")
 
 
 def _facts(own: Path, model: Base, placed: str, content: dict[str, Path], folder: Path) -> Facts:
