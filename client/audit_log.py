@@ -1,5 +1,7 @@
 """The audit log: every order that reached the vault, and whether it was answered or refused and why. Append-only.
 
+What was fetched of finished runs stands in it too.
+
 A line is a JSON object; `before` is the SHA-256 of the line before it, so a line that is changed or taken out shows.
 What does not show is a log that lost its last lines: send a copy elsewhere, such as to syslog. No text
 of a record, message or error is ever in it: kinds, numbers, digests and fixed words alone, and reasons that a policy

@@ -34,6 +34,7 @@ from common.errors import (
     error_code,
 )
 from common.identity import Identity
+from common.private_files import private_folder
 from common.release import LISTING, PARTS, RUN_ID, Listed, Listing, open_listing
 from common.roster import Roster, SignedRoster
 
@@ -74,9 +75,8 @@ def fetch(home: SiteHome, run_id: str, *, gates: Gates = GateClient) -> list[Fet
         raise
     else:
         for each in found:
-            digest = _digest(listing.part(each.part))
-            if each.brought:
-                audit.add("note", kind="fetch", run_id=run_id, payload=digest, size=each.size, code=each.part)
+            digest, size = _digest(listing.part(each.part)), each.size if each.brought else 0
+            audit.add("note", kind="fetch", run_id=run_id, payload=digest, size=size, code=each.part)
     finally:
         audit.close()
     return found
@@ -98,7 +98,8 @@ def _fetch(home: SiteHome, identity: Identity, run_id: str, gates: Gates) -> tup
         if listing.size > policy.limits.fetch_bytes:
             raise PolicyBreach(f"limits.fetch_bytes: asked {listing.size}, allowed {policy.limits.fetch_bytes}")
         folder = home.fetched / run_id
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(home.fetched)
+        private_folder(folder)
         found = [_part(client, folder / part, listing.part(part)) for part in PARTS if listing.part(part)]
         write_bytes(folder / LISTING, signed)
     finally:

@@ -45,7 +45,11 @@ class GateClient:
         self._address, self._wait = address, wait
         self._identity, self._federation, self._run_id = identity, federation, run_id
         host, port = split_address(address)
-        self._connection, _ = connection_to(host, port, agreed_context(authority))
+        try:
+            context = agreed_context(authority)
+        except (ssl.SSLError, UnicodeDecodeError) as error:
+            raise EnrolmentError("the agreed authority's certificate is damaged; join again") from error
+        self._connection, _ = connection_to(host, port, context)
         self._connection.timeout = TIMEOUT_SECONDS
         self._gate, self._time = "", 0
 

@@ -84,6 +84,11 @@ def test_a_site_brings_the_adapter_and_later_the_compact_model_with_the_commands
         assert line.payload == hashlib.sha256(sums.encode()).hexdigest()
         again = said("site", "fetch", RUN, "--home", north.folder)
         assert "here already, and as the coordinator signed it" in again
+        assert (noted(north).payload, noted(north).size) == (line.payload, 0)
+        assert (north.fetched.stat().st_mode & 0o777, north.fetched.stat().st_uid) == (
+            0o700,
+            north.folder.stat().st_uid,
+        )
         it.compact()
         assert "published 5 files" in said("coordinator", "publish", RUN, "--home", it.home.folder)
         both = said("site", "fetch", RUN, "--home", north.folder).splitlines()
@@ -323,7 +328,7 @@ def test_a_request_serves_once_and_for_this_gate_alone(it: Published, tmp_path: 
     refused(north, ReleaseError, "clock is -301 s from the gate's|clock is -30[012] s from the gate's")
 
 
-def test_strangers_learn_nothing_not_even_that_the_path_is_there(it: Published) -> None:
+def test_strangers_get_nothing_and_no_reason(it: Published) -> None:
     north, gate = it.sites["north"], number(it)
     good = it.fetch_of(north, gate=gate, time=time.time_ns())
     of_another = seal(it.sites["south"].identity(), good)  # names north's key
@@ -399,6 +404,9 @@ def test_a_gate_that_is_away_or_another_ends_in_a_line(tmp_path: Path) -> None:
     north.certificate.write_bytes(new_authority("another").certificate)
     with it.up(), pytest.raises(ServiceError, match="certificate that was not agreed on"):
         fetch(north, RUN, gates=gates)
+    north.certificate.write_text("nonsense")
+    with pytest.raises(EnrolmentError, match="certificate is damaged"):
+        fetch(north, RUN)
     assert not north.fetched.exists()
 
 
