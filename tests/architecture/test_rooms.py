@@ -69,7 +69,7 @@ WITHOUT_TORCH = (
     "client.units",
     "common.data_files",
     "common.release",
-    "client.fetching",
+    "client.gate_client",
     "server.releases",
 )
 HEAVY = ("torch", "transformers", "peft")

@@ -149,9 +149,13 @@ class TestNewFile:
 
     @pytest.mark.parametrize("error", [ValueError("a problem"), KeyboardInterrupt()])
     def test_what_breaks_off_leaves_nothing(self, tmp_path: Path, error: BaseException) -> None:
-        with pytest.raises(type(error)), new_file(tmp_path / "file") as file:
-            file.write(b"half")
-            raise error
+        def broken() -> None:
+            with new_file(tmp_path / "file") as file:
+                file.write(b"half")
+                raise error
+
+        with pytest.raises(type(error)):
+            broken()
         assert names(tmp_path) == []
 
     def test_a_full_disk_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
