@@ -25,6 +25,7 @@ from server.enrolment import require_roster
 from server.field_channel import FieldChannel, Heads
 from server.field_summary import write_summary
 from server.home import CoordinatorHome, load_settings
+from server.order_numbers import OrderNumbers
 from server.run_store import RunStore
 from server.secure_collection import SecureCollection
 
@@ -86,6 +87,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
             manifest_sha256=manifest.digest(),
             run_id=run_id,
             heads=Heads(home.folder / "ledger-heads.json"),
+            orders=OrderNumbers(home.folder / "order-number.txt"),
             stop=threading.Event(),
             phase_seconds=settings.phase_seconds,
             poll_seconds=settings.poll_seconds,
