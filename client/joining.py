@@ -140,7 +140,6 @@ def finish(home: SiteHome, offer: Offer) -> Agreement:
         offer.signed,
         own_key=offer.identity.public,
         pinned=bytes.fromhex(offer.pending.roster_sha256),
-        unsafe_two_sites=offer.manifest.secure_sum.unsafe_two_sites,
     )
     agreement = Agreement(
         roster_sha256=offer.pending.roster_sha256,
@@ -229,7 +228,6 @@ def _require_usable(offer: Offer) -> None:
             SignedRoster(roster=roster, signatures={site: roster.sign(offer.identity)}),
             own_key=offer.identity.public,
             pinned=roster.digest(),
-            unsafe_two_sites=offer.manifest.secure_sum.unsafe_two_sites,
         )
     except RosterRefused as error:
         if "has not signed" not in str(error):

@@ -113,6 +113,20 @@ class Session:
                 self._audit.add("refused", kind="app", payload=text, code=AppRefused.code)
         return b""
 
+    def oversized(self, size: bytes) -> bytes:
+        """The signed refusal of an order of so many bytes (decimal), which the relay could not hand over; empty where
+        the policy allows as many. The relay says so, and nobody else can."""
+        text = size[:20].decode("ascii", "replace")
+        if not re.fullmatch(r"[1-9][0-9]{0,18}", text):
+            return b""
+        try:
+            require_bytes(self._parts.policy, int(text))
+        except PolicyBreach as error:
+            with self._lock:
+                outcome = Outcome("refused", code=error.code, reason=str(error), error=error)
+                return self._sealed(self._logged(outcome, None, "", None, int(text)), None, "")
+        return b""
+
     def _answer(self, frame: bytes) -> bytes:
         order: Order | None = None
         about, number, digest = "", None, ""
