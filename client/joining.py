@@ -242,6 +242,11 @@ def _manifest(text: str) -> Manifest:
         manifest = load_manifest(path)
     if manifest.model.weights_sha256 is None or manifest.model.tokenizer_sha256 is None:
         raise EnrolmentError("the invitation's manifest does not pin its base model by digest; ask for one that does")
+    if manifest.evaluation.public is not None and manifest.evaluation.public_sha256 is None:
+        raise EnrolmentError(
+            "the invitation's manifest does not pin evaluation.public by evaluation.public_sha256, so the coordinator"
+            " could choose other records to judge by; ask for one that does"
+        )
     return manifest
 
 

@@ -244,18 +244,20 @@ def _numbers(home: CoordinatorHome, papers: dict[str, Enrolment]) -> dict[str, i
 
 
 def _require_pinned(manifest: Manifest, path: Path) -> None:
+    public = manifest.evaluation
     missing = [
         name
         for name, value in (
             ("model.weights_sha256", manifest.model.weights_sha256),
             ("model.tokenizer_sha256", manifest.model.tokenizer_sha256),
+            ("evaluation.public_sha256", "none needed" if public.public is None else public.public_sha256),
             ("task.prompt_sha256", manifest.task.prompt_sha256 if manifest.task.kind == "causal-lm" else "none needed"),
         )
         if value is None
     ]
     if missing:
         raise EnrolmentError(
-            f"{path.name} does not pin {' and '.join(missing)}, so sites could train different models; `coadapt init`"
+            f"{path.name} does not pin {' and '.join(missing)}, so sides could use different ones; `coadapt init`"
             " writes a manifest with all digests"
         )
 

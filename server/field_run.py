@@ -15,7 +15,7 @@ from common.codec.state import AdapterState
 from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
-from common.errors import CoadaptError, RunError
+from common.errors import CoadaptError
 from common.flower import Grid, quiet
 from common.models import find_base, load_task_model
 from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
@@ -26,6 +26,7 @@ from server.field_channel import FieldChannel, Heads
 from server.field_summary import write_summary
 from server.home import CoordinatorHome, load_settings
 from server.order_numbers import OrderNumbers
+from server.public_records import PublicRecords, public_file
 from server.run_store import RunStore
 from server.secure_collection import SecureCollection
 
@@ -40,8 +41,7 @@ def prepared(home: CoordinatorHome) -> tuple[Manifest, Roster]:
     """
     manifest = load_manifest(home.manifest)
     roster = require_roster(home, manifest)
-    if manifest.evaluation.public is not None:
-        raise RunError("evaluation.public is read in simulations alone; leave it out between institutions")
+    public_file(manifest, home.manifest.parent)
     return manifest, roster
 
 
@@ -57,6 +57,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
     base = find_base(manifest.model)
     model = attach(load_task_model(base, manifest), manifest.adapter)
     first = first_state(model, manifest.training.seed)
+    path = public_file(manifest, home.manifest.parent)
+    public = PublicRecords(path, manifest, model, base) if path is not None else None
 
     def write_adapter(folder: Path, adapter: AdapterState) -> None:
         save_adapter(folder, model, adapter, base, manifest)
@@ -114,6 +116,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
             sums=sums,
             store=store,
             report=log,
+            public=public.measure if public is not None else None,
+            public_meanwhile=True,
             lost_rounds=settings.attempts,
         )
         log(PhaseStarted(phase="rounds"))
