@@ -18,7 +18,7 @@ from common.config.manifest import Manifest
 from common.errors import CoadaptError
 from common.flower import Grid, quiet
 from common.models import find_base, load_task_model
-from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
+from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped, read_events
 from common.roster import Roster
 from server.coordinator import Coordinator
 from server.enrolment import require_roster
@@ -27,6 +27,7 @@ from server.field_summary import write_summary
 from server.home import CoordinatorHome, load_settings
 from server.order_numbers import OrderNumbers
 from server.public_records import PublicRecords, public_file
+from server.resumed_events import OnlyNew
 from server.run_store import RunStore
 from server.secure_collection import SecureCollection
 
@@ -70,8 +71,10 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
         store.write("federation.toml", annotated(manifest))
     names = [entry.name for entry in roster.institutions]
     with contextlib.ExitStack() as stack:
-        log = EventLog(folder / "events.jsonl")
-        stack.callback(log.close)
+        events = folder / "events.jsonl"
+        written = EventLog(events)
+        stack.callback(written.close)
+        log = OnlyNew(list(read_events(events)), written)
         log(
             RunStarted(
                 run_id=run_id,
