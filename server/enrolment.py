@@ -258,7 +258,7 @@ def _require_pinned(manifest: Manifest, path: Path) -> None:
     if missing:
         raise EnrolmentError(
             f"{path.name} does not pin {' and '.join(missing)}, so sides could use different ones; `coadapt init`"
-            " writes a manifest with all digests"
+            " writes a manifest with the base's digests, and sha256sum gives that of a file"
         )
 
 
