@@ -9,7 +9,8 @@
 
 The site believes the coordinator nothing: what it insists on stands in its roster and its own policy. Of each peer it
 reveals one secret or the other, by one list of survivors, which it has seen confirmed by at least t sites; then it
-forgets all of them. Where it has a ledger, what its peers hand back of that is heard before any share is sent. Whatever is wrong raises a SecureSumError, and then the attempt is over for this site.
+forgets all of them. Where it has a ledger, what its peers hand back of that is heard before any share is sent. Whatever
+is wrong raises a SecureSumError (or the witness's own), and then the attempt is over for this site.
 """
 
 from collections.abc import Callable
