@@ -15,7 +15,7 @@ from client.protection import Population, protected_units, published
 from client.units import require_disjoint_units, split_units, units_of
 from common.config.manifest import Manifest
 from common.config.simulation import SimulationSection
-from common.data_files import Cleaning, parse_rows, read_records, write_records
+from common.data_files import Cleaning, parse_rows, read_records, require_digest, write_records
 from common.durable import write_text
 from common.errors import CoadaptError, DataError, ExtensionError, RunError
 from common.extensions import load
@@ -76,6 +76,9 @@ def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationDa
             cleaning += cleaned
     public: list[Record] = []
     if manifest.evaluation.public is not None:
+        if manifest.evaluation.public_sha256 is not None:
+            path = _found(manifest.evaluation.public, folders, "public")
+            require_digest(path, manifest.evaluation.public_sha256, what="evaluation.public")
         public, _ = _records(manifest, manifest.evaluation.public, "public", folders)
         if not public:
             raise DataError("evaluation.public: the file holds no records")
