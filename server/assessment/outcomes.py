@@ -61,7 +61,7 @@ class Outcomes:
         if self.kind == "text-classification":
             return self._column("correct") > 0
         if self.kind == "token-classification":
-            return self._column("fp") + self._column("fn") == 0
+            return (self._column("fp") == 0) & (self._column("fn") == 0)
         return None
 
     def needed(self, metric: str) -> "Outcomes":
