@@ -1,12 +1,9 @@
-"""A run's adapter as a folder of its own: PEFT's files, copied and read back."""
+"""A run's adapter as a folder of its own: PEFT's files, copied and compared."""
 
 import shutil
 from pathlib import Path
 
-from common.adapters import load_adapter
-from common.errors import CoadaptError, DistillationError
-from common.models import find_base, load_tokenizer
-from server.distillation.domain_model import DomainModel
+from common.errors import DistillationError
 from server.distillation.exported import sha256
 
 __all__ = ["adapter_of", "export_adapter"]
@@ -31,12 +28,11 @@ def adapter_of(model: Path) -> Path:
     )
 
 
-def export_adapter(run: Path, folder: Path) -> DomainModel:
-    """Copy the run's adapter into a new `folder` and open the copy: base and adapter, not merged.
+def export_adapter(run: Path, folder: Path) -> None:
+    """Copy the run's adapter into a new `folder`.
 
     Raises:
         DistillationError: `run` has no adapter, or the copy is not what lies there.
-        CoadaptError: the adapter or its base cannot be read.
     """
     source = adapter_of(run)
     folder.mkdir()
@@ -44,13 +40,6 @@ def export_adapter(run: Path, folder: Path) -> DomainModel:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
             if sha256(source / name) != sha256(folder / name):
-                raise DistillationError(f"{source / name} changed while it was copied; export again when the run is done")
-    return open_adapter(folder)
-
-
-def open_adapter(folder: Path) -> DomainModel:
-    """Base and adapter of an adapter's folder, with the base found as its manifest says."""
-    manifest = _manifest(folder)
-    base = find_base(manifest.model)
-    network, manifest = load_adapter(folder, base)
-    return DomainModel(network, load_tokenizer(base), manifest)
+                raise DistillationError(
+                    f"{source / name} changed while it was copied; export again when the run is done"
+                )

@@ -83,7 +83,9 @@ def _check(model: DomainModel) -> None:
             "the model is an ONNX file already, which cannot be exported again; give the folder that it was made from"
         )
     if any(parameter.dtype != torch.float32 for parameter in parameters):
-        raise DistillationError("the model is not in float32 throughout; ONNX files are made from merged float32 models")
+        raise DistillationError(
+            "the model is not in float32 throughout; ONNX files are made from merged float32 models"
+        )
     size = sum(parameter.numel() * 4 for parameter in parameters)
     if size > LARGEST:
         raise DistillationError(
