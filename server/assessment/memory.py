@@ -6,6 +6,7 @@ reads the request of `peak_memory` and prints its answer; texts come through the
 other users of a machine can see.
 """
 
+import importlib
 import json
 import resource
 import subprocess
@@ -20,6 +21,9 @@ __all__ = ["PeakMemory", "peak_memory"]
 
 MIB = 2**20
 LONGEST = 600  # seconds that opening and running may take
+
+# What each kind is read with, beyond what all are.
+_LIBRARIES = {"run": "common.adapters", "adapter": "common.adapters", "onnx": "onnxruntime", "gguf": "gguf"}
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,14 @@ def peak_memory(
 
 
 def _measure(request: str) -> PeakMemory:
-    from server.assessment.opening import open_model
+    from server.assessment.opening import kind_of, open_model
     from server.assessment.timing import latency, one_thread
 
     asked = json.loads(request)
     manifest = None if asked["manifest"] is None else Manifest.model_validate_json(json.dumps(asked["manifest"]))
+    library = _LIBRARIES.get(kind_of(Path(asked["path"]))[0])
+    if library is not None:  # whatever the model, the code that reads it is no part of it
+        importlib.import_module(library)
     before = _highest()
     with one_thread():
         model = open_model(Path(asked["path"]), base=asked["base"] and Path(asked["base"]), manifest=manifest)
