@@ -3,6 +3,7 @@
 Each block runs as it stands in the model's folder.
 """
 
+import json
 from collections.abc import Collection
 
 from server.distillation.domain_model import DomainModel
@@ -108,7 +109,7 @@ def _reader(model: DomainModel, file: str) -> str:
             "print([labels[best] for best in logits.argmax(-1)])",
         ),
         "token-classification": (
-            "[" + ", ".join(f"{tag!r}" for tag in model.manifest.task.tags) + "]",
+            "[" + ", ".join(json.dumps(tag) for tag in model.manifest.task.tags) + "]",
             "print([(piece, labels[best]) for piece, best in zip(rows[0].tokens, logits[0].argmax(-1))])",
         ),
     }[kind]
@@ -119,7 +120,7 @@ from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.enable_truncation(max_length={model.manifest.data.max_length})
-tokenizer.enable_padding(pad_id={tokenizer.pad_token_id}, pad_token={str(tokenizer.pad_token)!r})
+tokenizer.enable_padding(pad_id={tokenizer.pad_token_id}, pad_token={json.dumps(tokenizer.pad_token)})
 session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
 labels = {names}
 rows = tokenizer.encode_batch(["{TEXT[kind]}", "It is paid each month."])

@@ -99,6 +99,6 @@ trtexec --onnx=triton/{name}/1/model.onnx --saveEngine=model.plan --fp16 \\
 ```
 
 To let Triton serve the engine, replace `model.onnx` by `model.plan` and the platform by `tensorrt_plan`. TensorRT
-before version 10 has no INT64 inputs and takes INT32 instead. The int8 and 4-bit ONNX files use onnxruntime's own operators,
-which TensorRT does not know.
+before version 10 has no INT64 inputs and takes INT32 instead. The int8 and 4-bit ONNX files use onnxruntime's own
+operators, which TensorRT does not know.
 """

@@ -36,8 +36,8 @@ def export_path(
     """
     sample = _lines(texts) if texts is not None else []
     model = merged(open_model(path, base=base))
-    run = path if (path / "adapter").is_dir() or (path / "adapter_model.safetensors").is_file() else None
-    facts = _facts(path)
+    is_run = (path / "federation.toml").is_file() or (path / "adapter_model.safetensors").is_file()
+    facts = _facts(path, model)
     if license_name is not None:
         facts["license"] = license_name
     return export(
@@ -45,7 +45,7 @@ def export_path(
         out,
         formats or model.manifest.distillation.exports,
         sample=sample,
-        run=run,
+        run=path if is_run else None,
         base=base,
         facts=facts,
         on_format=on_format,
@@ -60,11 +60,13 @@ def merged(model: DomainModel) -> DomainModel:
     return DomainModel(network.eval(), model.tokenizer, model.manifest)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path, model: DomainModel) -> dict[str, Any]:
     """What is known of the model: of a run its summary, of a compact model what was stored with it."""
     if (path / "summary.json").is_file():
+        federation = federation_facts(path)
         made = "Base and adapter of the run were merged in float32; nothing else was done."
-        return {"federation": federation_facts(path), "made": [made]}
+        step = {"name": "the run's model", "parameters": model.parameters, "figures": federation.get("figures")}
+        return {"federation": federation, "made": [made], "steps": [step] if federation.get("figures") else []}
     try:
         written = json.loads((path / FACTS).read_text(encoding="utf-8"))
         return dict(written.get("facts", {}))

@@ -28,7 +28,7 @@ from server.distillation.deployment import write_repository
 from server.distillation.domain_model import FACTS, DomainModel, load_model, save_model
 from server.distillation.exported import sha256
 from server.distillation.fidelity import Distance, distance, sample_of
-from server.distillation.gguf_export import Precision, export_gguf, load_gguf
+from server.distillation.gguf_export import Precision, check_gguf, export_gguf, load_gguf
 from server.distillation.model_card import model_card
 from server.distillation.onnx_export import export_onnx, quantise_int4, quantise_int8
 from server.distillation.onnx_network import OnnxNetwork, load_onnx
@@ -38,15 +38,15 @@ __all__ = ["FORMATS", "TOLERANCE", "Exported", "export"]
 FORMATS: tuple[str, ...] = get_args(Export)
 
 # The largest mean distance (`fidelity.Distance.mean`) that is the rounding of the format; beyond it something is wrong.
-# Rounding in float32 gives below 1e-5, Q8_0 and float16 below 0.01, int8 about 0.02 and 4 bits about 0.1 on models
-# that are sure of what they say (docs/lab-notes.md).
+# MiniLM with 77 labels, trained to be sure of them, is 2e-7 from its source in float32, 0.02 in int8 and 0.05 in 4 bits
+# on its own domain's texts; on texts without meaning 6e-7, 0.12 and 0.18. A file that answers at random is at 0.9.
 TOLERANCE: dict[str, float] = {
     "safetensors": 1e-6,
     "adapter": 1e-3,
     "onnx": 1e-3,
     "triton": 1e-3,
-    "onnx-int8": 0.1,
-    "onnx-int4": 0.3,
+    "onnx-int8": 0.2,
+    "onnx-int4": 0.35,
     "gguf": 0.05,
     "gguf-f16": 0.02,
     "gguf-f32": 1e-3,
@@ -134,12 +134,8 @@ def _check(model: DomainModel, folder: Path, formats: Sequence[str], run: Path |
         raise DistillationError(f"a format is one of {', '.join(FORMATS)}; {found}")
     if folder.exists():
         raise DistillationError(f"{folder} exists already; an export never replaces another: choose another folder")
-    kind = model.manifest.task.kind
-    gguf = [name for name in formats if name in _PRECISIONS]
-    if gguf and kind != "causal-lm":
-        raise DistillationError(
-            f"{gguf[0]} is a format of causal models, this model's task is {kind}; export onnx or onnx-int8 instead"
-        )
+    if _PRECISIONS.keys() & set(formats):
+        check_gguf(model)
     if "adapter" in formats:
         if run is None:
             raise DistillationError(

@@ -20,7 +20,7 @@ from server.distillation.gguf_vocabulary import add_vocabulary
 from server.distillation.onnx_network import load_tokenizer_beside
 from server.distillation.plain import is_plain
 
-__all__ = ["Precision", "export_gguf", "load_gguf"]
+__all__ = ["Precision", "check_gguf", "export_gguf", "load_gguf"]
 
 Precision = Literal["f32", "f16", "q8_0"]
 
@@ -37,7 +37,7 @@ def export_gguf(model: DomainModel, path: Path, *, precision: Precision = "q8_0"
         DistillationError: gguf is missing, or the model or its tokenizer is of a kind that is not written.
     """
     need("a GGUF file", "gguf")
-    config = _checked(model)
+    config = check_gguf(model)
     import gguf
 
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -68,8 +68,12 @@ def export_gguf(model: DomainModel, path: Path, *, precision: Precision = "q8_0"
         writer.close()
 
 
-def _checked(model: DomainModel) -> Any:
-    """The network's configuration, if a GGUF file can hold the network."""
+def check_gguf(model: DomainModel) -> Any:
+    """The network's configuration, if a GGUF file can hold the network.
+
+    Raises:
+        DistillationError: it cannot; the line says why, and what can.
+    """
     kind = model.manifest.task.kind
     if kind != "causal-lm":
         raise DistillationError(f"gguf is a format of causal models, this model's task is {kind}; export onnx instead")
@@ -82,6 +86,13 @@ def _checked(model: DomainModel) -> Any:
         raise DistillationError(f"gguf is written for rotary positions without scaling, found {rope!r}; export onnx")
     if getattr(config, "use_sliding_window", False):
         raise DistillationError("gguf is written for attention to all tokens, found a sliding window; export onnx")
+    width = _head_width(config)
+    if config.model_type != "llama" and width * config.num_attention_heads != config.hidden_size:
+        # llama.cpp would take it; transformers reads the width of heads for Llama alone, so it could not be compared.
+        raise DistillationError(
+            f"gguf is written for {config.model_type} models whose heads fill the width, found"
+            f" {config.num_attention_heads} heads of {width} for {config.hidden_size}; export onnx"
+        )
     if not is_plain(model.network, kind):
         raise DistillationError(
             "a GGUF file holds layers of one width alone, and this model's were pruned to different ones; export onnx"

@@ -87,7 +87,7 @@ def _what(model: DomainModel, facts: Mapping[str, Any]) -> str:
         "token-classification": f"marks entities of {len(task.labels)} kinds in a sentence",
         "causal-lm": "answers instructions",
     }[task.kind]
-    description = f" {model.manifest.description}" if model.manifest.description else ""
+    description = f" {model.manifest.description.removesuffix('.')}." if model.manifest.description else ""
     count = facts.get("parameters") or model.parameters
     return (
         f"This model {does}. It has {count:,} parameters, reads at most {model.manifest.data.max_length} pieces of text"
@@ -100,12 +100,11 @@ def _federation(federation: Mapping[str, Any] | None) -> str:
         return "## Federation\n\nNo run's summary was given, so this card does not know who took part."
     sites = federation["sites"]
     kind = "Simulated on one machine" if federation["simulated"] else "A run between institutions"
-    said = f" {federation['said']}" if federation.get("said") else ""
     summed = {True: " Changes were summed by secure sums.", False: " Secure sums were off.", None: ""}
     return (
         f"## Federation\n\n{kind}: federation `{federation['name']}`, run `{federation['run']}`, {len(sites)} sites"
         f" ({', '.join(sites)}), {federation['rounds']} rounds; the adapter is that of round"
-        f" {federation['selected_round']}.{summed[federation['secure_sum']]}{said}"
+        f" {federation['selected_round']}.{summed[federation['secure_sum']]}"
     )
 
 
@@ -114,8 +113,8 @@ def _privacy(federation: Mapping[str, Any] | None) -> str:
     if federation is None:
         return "## Privacy\n\nUnknown: no run's summary was given."
     if privacy is None:
-        told = "see the sentence above" if federation.get("said") else "there was no differential privacy"
-        return f"## Privacy\n\nThe run's summary tells no epsilon of single sites: {told}."
+        told = federation.get("said") or "There was no differential privacy."
+        return f"## Privacy\n\n{told} The run's summary tells no epsilon of single sites."
     rows = [(site["name"], _figure(site["epsilon"]), f"{privacy['delta']:g}") for site in privacy["sites"]]
     warning = "" if privacy["protects"] else "\n\n**Its noise came from a known seed: it protects nobody.**"
     return (
