@@ -35,7 +35,7 @@ def accuracy(a: Outcomes, b: Outcomes) -> str:
 def test_the_planted_three_points_are_told_in_words() -> None:
     verdict = accuracy(*sided(850, 20, 50, 80))
     assert verdict == "B is better by 3.0 points of accuracy (95 % interval 1.4 to 4.6)"
-    # By hand: (50 - 20) / 1000; standard error sqrt(50 + 20 - 30^2 / 1000) / 1000 = 0.0083, and 1.96 of them 1.6 points.
+    # By hand: (50 - 20) / 1000; standard error sqrt(70 - 30^2 / 1000) / 1000 = 0.0083, and 1.96 of them 1.6 points.
     assert accuracy(*sided(850, 50, 20, 80)).startswith("A is better by 3.0 points of accuracy (95 % interval 1.")
 
 
