@@ -80,7 +80,14 @@ def test_a_handful_of_records_decides_nothing() -> None:
     assert found.mcnemar is not None
     assert found.mcnemar.p == 0.125
     assert found.better is None
+    assert ", but McNemar's p is 0.125);" in found.verdict
     assert found.verdict.endswith("so few records could not have shown one")
+
+
+def test_nothing_is_told_as_minus_zero() -> None:
+    found = accuracy(*sided(8500, 21, 20, 1459))
+    assert "B minus A is 0.0 points" in found  # it is -0.01
+    assert "-0.0 " not in found
 
 
 def test_lower_is_better_for_bits_per_byte() -> None:
