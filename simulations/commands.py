@@ -13,7 +13,10 @@ from rich.console import Console
 
 from client.commands import site
 from common.errors import BundleError, CoadaptError, ManifestError, RunError
+from server.assessment.commands import compare as compare_models
+from server.assessment.commands import evaluate
 from server.commands import coordinator
+from server.distillation.export_command import export
 
 if TYPE_CHECKING:
     from simulations.bundle_format import Facts
@@ -33,6 +36,9 @@ app.add_typer(site, name="site")
 app.add_typer(coordinator, name="coordinator")
 bundle = typer.Typer(help="Everything that an institution installs, in one file, where nothing can be downloaded.")
 app.add_typer(bundle, name="bundle")
+app.command()(evaluate)
+app.command()(export)
+app.command("compare")(compare_models)
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]
