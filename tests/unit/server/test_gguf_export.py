@@ -120,7 +120,7 @@ def test_smaller_files_stay_within_their_rounding(
     bits = []
     for each in (model, loaded):
         counts = measure(each.network, each.task, each.task.encode(records).examples, batch_size=2, precision="fp32")
-        bits.append(figures("causal-lm", counts)["bits_per_byte"])
+        bits.append(figures("causal-lm", counts, ["bits_per_byte"])["bits_per_byte"])
     assert bits[1] == pytest.approx(bits[0], rel=0.02)
     sizes = [(folder / name).stat().st_size for name in ("model.q8_0.gguf", "model.f16.gguf", "model.f32.gguf")]
     assert sizes == sorted(sizes)
