@@ -26,6 +26,7 @@ def tiny(manifest: Manifest) -> DomainModel:
         if isinstance(layer, nn.Linear):
             with torch.no_grad():
                 layer.weight.copy_(torch.empty_like(layer.weight).normal_(0, 3, generator=generator))
+                layer.bias.zero_()  # where the library drew it, each model would have another
     return DomainModel(network, load_tokenizer(base), manifest)
 
 
