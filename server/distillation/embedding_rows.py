@@ -80,10 +80,9 @@ def _renumber_settings(settings: Any, new_id: Callable[[int], int | None]) -> No
 def _renumber_positions(network: nn.Module, new_id: Callable[[int], int | None]) -> None:
     """RoBERTa counts positions from the padding token's id on; its padding token may not move."""
     for name, module in network.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            if new_id(module.padding_idx) != module.padding_idx:
-                raise DistillationError(
-                    f"the vocabulary cannot be trimmed: positions are counted from the padding token's id"
-                    f" ({module.padding_idx}), which would become {new_id(module.padding_idx)};"
-                    " set distillation.vocabulary = 'keep'"
-                )
+        padding = module.padding_idx if isinstance(module, nn.Embedding) else None
+        if name.endswith("position_embeddings") and padding is not None and new_id(padding) != padding:
+            raise DistillationError(
+                f"the vocabulary cannot be trimmed: positions are counted from the padding token's id ({padding}),"
+                f" which would become {new_id(padding)}; set distillation.vocabulary = 'keep'"
+            )

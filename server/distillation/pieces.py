@@ -4,6 +4,7 @@ Knows WordPiece, BPE (of bytes or of characters) and Unigram; knows nothing of c
 """
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -133,7 +134,7 @@ class Pieces:
             return found
         way = {self._ids[symbol] for symbol in symbols}
         while len(symbols) > 1:
-            ranked = [self._steps.get(pair, (len(self._steps), "")) for pair in zip(symbols, symbols[1:], strict=False)]
+            ranked = [self._steps.get(pair, (len(self._steps), "")) for pair in itertools.pairwise(symbols)]
             place = min(range(len(ranked)), key=lambda at: ranked[at][0])
             if not ranked[place][1]:
                 return found  # found only by looking a whole word up; no merges lead to it
