@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from server.distillation.pieces import Text, encode_all
 
-__all__ = ["find_terms", "has_han", "space_sign"]
+__all__ = ["cut_terms", "find_terms", "has_han", "space_sign"]
 
 _HAN = "\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # and kana: written without spaces too
 _HAN_RUN = re.compile(f"[{_HAN}]+")
@@ -47,6 +47,12 @@ def space_sign(tokenizer: PreTrainedTokenizerBase) -> str:
     """The sign with which pieces after a space begin: "\u0120" of bytes, "\u2581" of SentencePiece, or "" for none."""
     last = "".join(tokenizer.tokenize("a b")[1:])
     return last[0] if last.startswith(("\u0120", "\u2581")) else ""
+
+
+def cut_terms(tokenizer: PreTrainedTokenizerBase, terms: Sequence[str]) -> list[list[int]]:
+    """The ids into which each term is cut in running text: Latin ones with the space before them."""
+    lead = " " if space_sign(tokenizer) else ""
+    return list(encode_all(tokenizer, [term if has_han(term) else lead + term for term in terms]))
 
 
 def find_terms(
@@ -94,8 +100,7 @@ def find_terms(
 def _best(counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, most: int, least_count: int) -> list[str]:
     """Longer terms first take the occurrences of shorter ones inside them; then by tokens saved."""
     names = sorted(counts, key=lambda name: (-len(name), name))
-    lead = " " if space_sign(tokenizer) else ""
-    pieces = dict(zip(names, map(len, encode_all(tokenizer, [lead + name for name in names])), strict=True))
+    pieces = dict(zip(names, map(len, cut_terms(tokenizer, names)), strict=True))
     alone = dict(counts)
     saved: dict[str, int] = {}
     for name in names:

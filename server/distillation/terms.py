@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import DistillationError
 from server.distillation.domain_model import DomainModel
 from server.distillation.embedding_rows import embedding_of, with_rows
-from server.distillation.pieces import encode_all, rewrapped
-from server.distillation.term_search import find_terms, has_han, space_sign
+from server.distillation.pieces import rewrapped
+from server.distillation.term_search import cut_terms, find_terms, has_han, space_sign
 
 __all__ = ["add_terms", "find_terms", "new_terms", "read_terms", "with_terms"]
 
@@ -66,9 +66,8 @@ def new_terms(tokenizer: PreTrainedTokenizerBase, terms: Sequence[str]) -> list[
         if not term or term != term.strip():
             raise DistillationError(f"a term must be text without white space around it, found {term!r}; correct it")
     normalizer: Any = cast(Any, tokenizer).backend_tokenizer.normalizer
-    lead = " " if space_sign(tokenizer) else ""
     found: dict[str, str] = {}
-    for term, cut in zip(terms, encode_all(tokenizer, [lead + term for term in terms]), strict=True):
+    for term, cut in zip(terms, cut_terms(tokenizer, terms), strict=True):
         spelled = normalizer.normalize_str(term) if normalizer is not None else term
         if len(cut) > 1 and spelled not in found:
             found[spelled] = term
@@ -115,8 +114,7 @@ def add_terms(model: DomainModel, terms: Sequence[str]) -> DomainModel:
     added = new_terms(model.tokenizer, terms)
     if not added:
         return model
-    lead = " " if space_sign(model.tokenizer) else ""
-    cut = list(encode_all(model.tokenizer, [term if has_han(term) else lead + term for term in added]))
+    cut = cut_terms(model.tokenizer, added)
     tokenizer = with_terms(model.tokenizer, added)
     start = len(model.tokenizer)
 
