@@ -164,7 +164,7 @@ def test_nothing_known_is_said_to_be_unknown(model: DomainModel, tmp_path: Path)
 
 
 def test_vocabulary_and_limits_are_told(model: DomainModel) -> None:
-    vocabulary = {"pieces": 5000, "coverage": 0.9756, "unknown": 0.0, "length_factor": 1.033, "identical": 0.539}
+    vocabulary = {"pieces": 5000, "occurrences": 0.9756, "unknown": 0.0, "length_factor": 1.033, "identical": 0.539}
     card = model_card(model, {"vocabulary": vocabulary, "exports": EXPORTS, "steps": STEPS})
     assert "| pieces | 5,000 |" in card
     assert "| occurrences of held-out text that are kept | 97.56% |" in card
