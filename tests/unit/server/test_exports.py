@@ -24,6 +24,7 @@ from common.adapters import attach, first_state, save_adapter
 from common.config.manifest import Manifest
 from common.errors import DistillationError
 from common.evaluation import measure
+from common.factors import stacked
 from common.models import find_base, load_task_model, load_tokenizer
 from common.randomness import seeded
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
@@ -344,25 +345,27 @@ def test_sample_texts_cover_the_vocabulary_evenly(manifest_for: Callable[..., Ma
     assert min(thirds) > 20
 
 
-def test_a_runs_adapter_goes_out_as_it_is(manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
-    manifest = manifest_for("text-classification")
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_runs_adapter_goes_out_as_it_is(pairs: int, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
+    manifest = manifest_for("text-classification", adapter={"rank": 2, "alpha": 8.0})
     base = find_base(manifest.model)
     network = attach(load_task_model(base, manifest), manifest.adapter)
     rng = seeded(0, "trained adapter")
-    state = {
-        name: rng.normal(0, 0.3, array.shape).astype(np.float32) for name, array in first_state(network, 0).items()
-    }
+    state, other = (
+        {name: rng.normal(0, 0.1, array.shape).astype(np.float32) for name, array in first_state(network, 0).items()}
+        for _ in range(2)
+    )
     run = tmp_path / "run"
     (run / "adapter").mkdir(parents=True)
     (run / "rounds").mkdir()
     (run / "federation.toml").write_text("")
-    save_adapter(run / "adapter", network, state, base, manifest)
+    save_adapter(run / "adapter", network, state if pairs == 1 else stacked(other, state), base, manifest)
     done = export_path(run, tmp_path / "out", ["adapter", "safetensors"])
     assert [item.format for item in done] == ["safetensors", "adapter"]
     for path in (run / "adapter").iterdir():
         assert (tmp_path / "out" / "adapter" / path.name).read_bytes() == path.read_bytes()
-    merged, apart = open_model(tmp_path / "out"), open_model(run)
-    assert distance(apart, merged, TEXTS).mean < 1e-6
+    stored, apart = open_model(tmp_path / "out"), open_model(run)
+    assert distance(apart, stored, TEXTS).mean < 1e-6
     plain = DomainModel(load_task_model(base, manifest).eval(), load_tokenizer(base), manifest)
     assert distance(apart, plain, TEXTS).mean > 0.01
     with pytest.raises(DistillationError, match="needs the folder of the run"):
