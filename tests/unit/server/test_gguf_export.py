@@ -1,5 +1,6 @@
 """GGUF files: what the transformers library reads back is the model that was written."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +138,25 @@ def test_the_files_own_tokenizer_cuts_text_the_same_way(
     (tmp_path / "alone.gguf").write_bytes((folder / "model.f32.gguf").read_bytes())
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="alone.gguf")
     assert theirs(TEXTS)["input_ids"] == model.tokenizer(TEXTS)["input_ids"]
+
+
+def test_the_cards_code_runs(
+    written: dict[str, tuple[DomainModel, Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = written["llama"]
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+    assert ['gguf_file="model.f32.gguf"' in block for block in blocks] == [False, True]
+    said = []
+    for block in blocks:
+        exec(block, {})
+        said.append(capsys.readouterr().out.removesuffix("\n"))
+    text = "Question: What does the tenant pay?\nAnswer: "
+    ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        best = model.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()
+    assert said[0] == model.tokenizer.decode(int(best))
+    assert text + said[0] in said[1]
 
 
 def test_names_of_splits_are_the_librarys(written: dict[str, tuple[DomainModel, Path]]) -> None:
