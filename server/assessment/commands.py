@@ -98,16 +98,19 @@ def compare(
     from server.assessment.comparison import check_tasks
     from server.assessment.comparison import compare as compared
     from server.assessment.evaluation import drawn
+    from server.assessment.opening import stored_bytes
 
     check, agreed = _check(pattern, schema), _manifest(manifest)
     first, second = _opened(a, base, agreed), _opened(b, base, agreed)
     check_tasks(first.manifest.task, second.manifest.task)  # before A's labels refuse B's data
     records = drawn(_records(data, first), limit)
     found = compared(first, second, records, metric=metric, most_tokens=max_new_tokens, check=check, timed=speed)
+    sizes = [stored_bytes(path, base=base) for path in (a, b)]
     if as_json:
-        print(json.dumps({"a": str(a), "b": str(b), "data": str(data), **found.as_json()}, indent=2))
+        facts = {"a": str(a), "b": str(b), "data": str(data), **found.as_json(), "bytes": sizes}
+        print(json.dumps(facts, indent=2))
         return
-    _print_comparison(a, b, found)
+    _print_comparison(a, b, found, sizes)
 
 
 def _opened(path: Path, base: Path | None, manifest: "Manifest | None") -> "DomainModel":
@@ -174,7 +177,7 @@ def _add_latency(table: Table, latency: "Latency") -> None:
     table.add_row("tokenising", f"{latency.tokenise:.2f} ms CPU", f"median text of {latency.tokens:.0f} tokens")
 
 
-def _print_comparison(a: Path, b: Path, found: "Comparison") -> None:
+def _print_comparison(a: Path, b: Path, found: "Comparison", sizes: "Sequence[int]") -> None:
     console = Console()
     table = _table(f"A {a}\nB {b}\non {found.records:,} records", "figure", "A", "B", "B minus A", "95 % interval")
     for row in found.differences:
@@ -182,8 +185,8 @@ def _print_comparison(a: Path, b: Path, found: "Comparison") -> None:
         limits = f"{_value(paired.low)} to {_value(paired.high)}"
         table.add_row(_title(row.metric), _value(row.a.value), _value(row.b.value), _value(paired.difference), limits)
     if found.parameters is not None and all(found.parameters):
-        ours, theirs = found.parameters
-        table.add_row("parameters", f"{ours:,}", f"{theirs:,}", f"{theirs - ours:+,}", f"1/{ours / theirs:.1f}")
+        _add_size(table, "parameters", found.parameters)
+    _add_size(table, "weights, bytes", sizes)
     if found.speed is not None:
         ours_ms, theirs_ms = found.speed.first.cpu_median, found.speed.second.cpu_median
         table.add_row(
@@ -196,6 +199,11 @@ def _print_comparison(a: Path, b: Path, found: "Comparison") -> None:
         _say(f"McNemar: {test.only_first} records right by A alone, {test.only_second} by B alone; {_p(test.p)}"
              f" ({test.method})")  # fmt: skip
     _say(found.verdict)
+
+
+def _add_size(table: Table, name: str, sizes: "Sequence[int]") -> None:
+    ours, theirs = sizes
+    table.add_row(name, f"{ours:,}", f"{theirs:,}", f"{theirs - ours:+,}", f"B is 1/{ours / theirs:.1f} of A")
 
 
 def _table(title: str, *columns: str) -> Table:

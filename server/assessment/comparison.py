@@ -122,7 +122,7 @@ def compare_outcomes(
         mcnemar=test,
         better=better,
         seen_above=(seen := _seen_above(differences[0], len(a.rows))),
-        verdict=_verdict(differences[0], better, seen, len(a.rows)),
+        verdict=_verdict(differences[0], better, seen, len(a.rows), test),
     )
 
 
@@ -166,7 +166,7 @@ def _seen_above(main: Difference, records: int) -> float:
     return max(usual, float(stats.beta.ppf(POWER, FEWEST, records - FEWEST + 1)))
 
 
-def _verdict(main: Difference, better: Winner | None, seen: float, records: int) -> str:
+def _verdict(main: Difference, better: Winner | None, seen: float, records: int, test: McNemar | None) -> str:
     found, name = main.difference, main.metric.replace("_", " ")
     if not math.isfinite(found.difference):
         return f"no verdict: {name} of {'A' if not math.isfinite(main.a.value) else 'B'} is not a finite number"
@@ -180,8 +180,10 @@ def _verdict(main: Difference, better: Winner | None, seen: float, records: int)
     else:
         text = (
             f"no difference of {name} found (B minus A is {_amount(found.difference, main.metric)},"
-            f" {_LIMITS} {_limits(found.low, found.high, main.metric)})"
+            f" {_LIMITS} {_limits(found.low, found.high, main.metric)}"
         )
+        # Where the two tests disagree the interval alone would puzzle: it lies on one side of zero.
+        text += f", but McNemar's p is {test.p:.3f})" if found.excludes_zero and test is not None else ")"
     if math.isfinite(seen):
         return f"{text}; one above {_amount(seen, main.metric)} would have been seen in 4 of 5 such comparisons"
     return f"{text}; so few records could not have shown one" if records < FEWEST else text
@@ -204,7 +206,8 @@ def _limits(low: float, high: float, metric: str) -> str:
 
 
 def _number(value: float, metric: str) -> str:
-    return f"{value:.3f}" if metric in _UNITS else f"{100 * value:.1f}"
+    digits, scaled = (3, value) if metric in _UNITS else (1, 100 * value)
+    return f"{round(scaled, digits) + 0.0:.{digits}f}"  # without the minus of -0.04
 
 
 def _first(names: set[str]) -> str:

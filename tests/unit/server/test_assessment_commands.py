@@ -10,9 +10,11 @@ import pytest
 from assessed import Manifests, records, tiny
 from typer.testing import CliRunner
 
+from common.config.manifest import METRICS
 from common.data_files import write_records
 from common.errors import AssessmentError, CoadaptError, DataError
 from server.assessment.evaluation import drawn
+from server.assessment.memory import PeakMemory
 from server.distillation.domain_model import DomainModel, save_model
 from simulations.commands import app, main
 
@@ -46,23 +48,25 @@ def test_evaluate_prints_a_table(stored: Callable[..., Any]) -> None:
     assert re.search(r"accuracy +0\.\d{4} +0\.\d{4} to 0\.\d{4}", printed)
 
 
-@pytest.mark.slow
-def test_evaluate_gives_one_json_object_with_costs(stored: Callable[..., Any]) -> None:
+def test_evaluate_gives_one_json_object_with_costs(stored: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = stored("token-classification")
+    asked: list[Any] = []
+
+    def peak(*words: Any, **options: Any) -> PeakMemory:  # a process of its own is tried in test_timing.py
+        asked.append((words, options))
+        return PeakMemory(process=300.0, model=20.0)
+
+    monkeypatch.setattr("server.assessment.memory.peak_memory", peak)
     found = json.loads(typed("evaluate", model, data, "--json", "--limit", 11))
     assert found["records"] == 11
-    assert [figure["metric"] for figure in found["figures"]] == [
-        "entity_f1",
-        "entity_precision",
-        "entity_recall",
-        "loss",
-    ]
+    assert [figure["metric"] for figure in found["figures"]] == list(METRICS["token-classification"])
     assert found["parameters"] > 0
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    assert found["bytes"] == weights
+    assert found["bytes"] == sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert found["cost"]["latency"]["cpu_p95"] >= found["cost"]["latency"]["cpu_median"] > 0
     assert found["cost"]["throughput"]["by_cpu"] > 0
-    assert found["peak_memory_mib"]["process"] > found["peak_memory_mib"]["model"] > 0
+    assert found["peak_memory_mib"] == {"process": 300.0, "model": 20.0}
+    (((path, texts), options),) = asked
+    assert (path, len(texts), options) == (model, 11, {"base": None, "manifest": None})
 
 
 def test_evaluate_looks_at_written_answers(stored: Callable[..., Any], tmp_path: Path) -> None:

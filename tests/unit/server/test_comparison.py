@@ -35,7 +35,7 @@ def accuracy(a: Outcomes, b: Outcomes) -> str:
 def test_the_planted_three_points_are_told_in_words() -> None:
     verdict = accuracy(*sided(850, 20, 50, 80))
     assert verdict == "B is better by 3.0 points of accuracy (95 % interval 1.4 to 4.6)"
-    # By hand: (50 - 20) / 1000; standard error sqrt(50 + 20 - 30^2 / 1000) / 1000 = 0.0083, and 1.96 of them 1.6 points.
+    # By hand: (50 - 20) / 1000; standard error sqrt(70 - 30^2 / 1000) / 1000 = 0.0083, and 1.96 of them 1.6 points.
     assert accuracy(*sided(850, 50, 20, 80)).startswith("A is better by 3.0 points of accuracy (95 % interval 1.")
 
 
@@ -80,7 +80,14 @@ def test_a_handful_of_records_decides_nothing() -> None:
     assert found.mcnemar is not None
     assert found.mcnemar.p == 0.125
     assert found.better is None
+    assert ", but McNemar's p is 0.125);" in found.verdict
     assert found.verdict.endswith("so few records could not have shown one")
+
+
+def test_nothing_is_told_as_minus_zero() -> None:
+    found = accuracy(*sided(8500, 21, 20, 1459))
+    assert "B minus A is 0.0 points" in found  # it is -0.01
+    assert "-0.0 " not in found
 
 
 def test_lower_is_better_for_bits_per_byte() -> None:

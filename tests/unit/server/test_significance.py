@@ -15,7 +15,8 @@ from server.assessment.outcomes import Outcomes
 from server.assessment.significance import FEW, bootstrap, mcnemar, paired_bootstrap, wilson
 
 # Of 1,000 records: both models right, A alone, B alone, neither. B is better by 3 points (87 and 90 %), and of its 100
-# errors A makes 80 too; two fine-tuned models of one base share about so many.
+# errors A makes 80 too. That is little: two heads on frozen MiniLM features, trained on 2,500 and on 9,000 records of
+# banking77 (89.9 and 93.1 % of its test set), shared 86 % of the better one's errors, and more makes it easier.
 PLANTED = (0.85, 0.02, 0.05, 0.08)
 SAME = (0.85, 0.035, 0.035, 0.08)  # as often of different mind, and equally good
 
