@@ -191,6 +191,8 @@ class _Lesson:
         with torch.no_grad():
             told, vector = self._answers(self.before, [pair.old for pair in pairs])
         said, own = self._answers(self.after, [pair.new for pair in pairs])
+        if self.kind == "causal-lm":  # rows of the base that no piece has say nothing
+            told, said = told[..., : self.start], said[..., : self.stop]
         if self.kind == "text-classification":
             target = told.softmax(-1)
         else:
@@ -199,7 +201,7 @@ class _Lesson:
             probabilities = told.softmax(-1)
             target, said = probabilities[rows, olds], said[rows, news]
             if self.kind == "causal-lm":
-                target = self._with_terms(target, probabilities, pairs, said.shape[-1])
+                target = self._with_terms(target, probabilities, pairs)
         loss = functional.kl_div(said.log_softmax(-1), target, reduction="batchmean")
         if vector is not None and own is not None:
             loss = loss + ((own - vector).square().sum(-1) / vector.square().sum(-1)).mean()
@@ -236,12 +238,12 @@ class _Lesson:
             return network.head(vector), vector
         return cast(Any, network(input_ids=ids, attention_mask=mask)).logits, None
 
-    def _with_terms(self, target: Tensor, said: Tensor, pairs: Sequence[_Pair], width: int) -> Tensor:
-        """The teacher's probabilities [places, old pieces] over the new vocabulary [places, `width`].
+    def _with_terms(self, target: Tensor, said: Tensor, pairs: Sequence[_Pair]) -> Tensor:
+        """The teacher's probabilities [places, old pieces] over the new vocabulary [places, new pieces].
 
         A term takes from its first piece the probability of all its pieces in a row.
         """
-        target = functional.pad(target, (0, width - target.shape[-1]))
+        target = functional.pad(target, (0, self.stop - self.start))
         at = 0
         for row, pair in enumerate(pairs):
             for place, (first, term, between) in pair.chains.items():

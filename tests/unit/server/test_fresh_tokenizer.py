@@ -9,10 +9,11 @@ from tokenizers_of_all_kinds import clauses, tokenizer_of
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.errors import DistillationError
+from common.randomness import seeded
 from server.distillation.fresh_tokenizer import train_tokenizer
 
 FORMULA = "H₂SO₄ → x² ≥ 5 µg"
-CHINESE = ["急性心肌梗死的患者签署知情同意书", "患者签署知情同意书", "心肌梗死患者年龄不限", "妊娠或哺乳期妇女"] * 20
+WORDS = ["急性", "心肌梗死", "患者", "签署", "知情同意书", "年龄", "不限", "妊娠", "哺乳期", "妇女", "治疗", "糖尿病"]
 
 
 @functools.cache
@@ -55,13 +56,15 @@ def test_special_tokens_stand_where_they_stood(kind: str, like: str) -> None:
             [index for index in each(*texts)["input_ids"] if index in each.all_special_ids] for each in (made, other)
         ]
         assert made.convert_ids_to_tokens(said[0]) == other.convert_ids_to_tokens(said[1])
-    assert made.tokenize("of force majeure here").count("force majeure") == 1
+    assert made("of force majeure here")["input_ids"].count(made.convert_tokens_to_ids("force majeure")) == 1
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_chinese(kind: str) -> None:
-    tokenizer = train_tokenizer(CHINESE, kind=kind, pieces=None, terms=["心肌梗死"], like=tokenizer_of("wordpiece"))
-    text = "妊娠患者签署知情同意书"
+    rng = seeded(5, "chinese")
+    texts = ["".join(WORDS[index] for index in rng.integers(len(WORDS), size=9)) for _ in range(200)]
+    tokenizer = train_tokenizer(texts, kind=kind, pieces=None, terms=["心肌梗死"], like=tokenizer_of("wordpiece"))
+    text = "妊娠妇女签署知情同意书"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(ids) < len(text) / 2

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers_of_all_kinds import KINDS, clauses, tokenizer_of
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -29,7 +30,6 @@ from common.randomness import seed_dropout
 from server.distillation.domain_model import DomainModel, load_model, save_model
 from server.distillation.pieces import Pieces
 from server.distillation.vocabulary import Trimmed, apply_vocabulary, measure_coverage, trim
-from tokenizers_of_all_kinds import KINDS, clauses, tokenizer_of
 
 NETWORKS = ("text", "token", "tied", "untied")
 ODD = ["Zwölf Kilogramm Eisen", "x² → H₂SO₄ 急性心肌梗死", "Zebra quixotic jazz", "ab\ncd\tef 😀", "!!!??", ""]
