@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_vocabulary import logits, model_of
-from tokenizers_of_all_kinds import clauses
+from tokenizers_of_all_kinds import clauses, tokenizer_of
 from typer.testing import CliRunner
 
 from common.config.manifest import Manifest
@@ -16,10 +16,10 @@ from common.errors import CoadaptError, DistillationError
 from server.distillation.domain_model import DomainModel, load_model, save_model
 from server.distillation.extend import _Lesson, _pairs, extend
 from server.distillation.pieces import Text
-from server.distillation.terms import add_terms
+from server.distillation.terms import add_terms, find_terms
 from simulations.commands import app
 
-TERMS = ["force majeure", "said Company"]
+TERMS = ["in writing", "said Company"]
 CASES = [
     ("text", "wordpiece"),
     ("token", "wordpiece"),
@@ -30,11 +30,11 @@ CASES = [
 
 
 def texts_for(name: str) -> list[Text]:
-    return [text.split() if name == "token" else text for text in clauses()[:100]]
+    return [text.split() if name == "token" else text for text in clauses()[:80]]
 
 
 def terms_for(name: str) -> list[str]:
-    return ["indemnify", "warranties", "arbitration"] if name == "token" else TERMS
+    return find_terms(texts_for(name), tokenizer_of("wordpiece"), most=3) if name == "token" else TERMS
 
 
 def extended(
