@@ -134,7 +134,8 @@ def _pairs(before: DomainModel, after: DomainModel, texts: Sequence[Text]) -> li
                 term = pair.new[there[1]]
                 if there[1] == here[1] + 1 and term >= start:
                     pair.chains[at] = (pair.old[here[0] + 1], term, list(range(here[0] + 1, there[0])))
-        pairs.append(pair)
+        if places:
+            pairs.append(pair)
     return pairs
 
 
@@ -231,7 +232,8 @@ class _Lesson:
         arrays = [np.asarray(row, dtype=np.int32) for row in rows]
         ids = torch.from_numpy(pad(arrays, int(cast(Any, model.tokenizer).pad_token_id or 0), multiple=1))
         mask = torch.from_numpy(pad([np.ones_like(row) for row in arrays], 0, multiple=1))
-        network = model.network
+        network, device = model.network, self.tables[0].device
+        ids, mask = ids.to(device), mask.to(device)
         if isinstance(network, PooledClassifier):
             hidden = network.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             vector = pool(hidden, mask, network.pooling)
