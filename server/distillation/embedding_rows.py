@@ -18,10 +18,11 @@ def embedding_of(network: nn.Module) -> nn.Embedding:
     Raises:
         DistillationError: the network has none that is a table of rows.
     """
-    layer = cast(Any, body_of(network)).get_input_embeddings()
+    body = cast(Any, body_of(network))
+    layer = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
     if not isinstance(layer, nn.Embedding):
         raise DistillationError(
-            f"the vocabulary of {type(body_of(network)).__name__} cannot change: its input layer is a"
+            f"the vocabulary of {type(body).__name__} cannot change: its input layer is a"
             f" {type(layer).__name__}, an Embedding is needed; set distillation.vocabulary = 'keep'"
         )
     return layer

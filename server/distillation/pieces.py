@@ -24,22 +24,18 @@ _BATCH = 1000
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> Iterator[list[int]]:
-    """The ids of each text in order, whole and without special tokens."""
+    """The ids of each text in order, whole and without special tokens; all are plain texts, or all are words."""
     for start in range(0, len(texts), _BATCH):
-        batch = texts[start : start + _BATCH]
-        for words in (False, True):
-            if words != (not isinstance(batch[0], str)):
-                continue
-            rows: Any = [text if isinstance(text, str) else list(text) for text in batch]
-            encoding = tokenizer(
-                rows,
-                add_special_tokens=False,
-                is_split_into_words=words,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            yield from encoding["input_ids"]
+        rows: Any = [text if isinstance(text, str) else list(text) for text in texts[start : start + _BATCH]]
+        encoding = tokenizer(
+            rows,
+            add_special_tokens=False,
+            is_split_into_words=not isinstance(rows[0], str),
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        yield from encoding["input_ids"]
 
 
 def rewrapped(backend: Tokenizer, like: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -9,21 +9,22 @@ only Chinese needs: entropy of the neighbours in nats (Jin and Tanaka-Ishii 2006
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from server.distillation.pieces import Text, encode_all
 
-__all__ = ["cut_terms", "find_terms", "has_han", "space_sign"]
+__all__ = ["cut_terms", "find_terms", "gain", "has_han", "space_sign"]
 
 _HAN = "\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # and kana: written without spaces too
 _HAN_RUN = re.compile(f"[{_HAN}]+")
 _WORD = re.compile(r"\w+(?:-\w+)*")
 _MOST_WORDS, _MOST_CHARACTERS = 4, 8
 _BORDER = "\0"
+_USUAL = 50  # the most frequent words of the corpus
 # Words that bind others: an expression may hold them ("loss of heterozygosity"), not begin or end with them. Other
-# languages have the rule for short words alone.
+# languages have the rule for short and usual words alone.
 _BINDING_WORDS = """
 about above after again against also am any are as at be because been before being below between both but by can
 could did do does during each either every few for from further get had has have having he hence her here how
@@ -55,6 +56,11 @@ def cut_terms(tokenizer: PreTrainedTokenizerBase, terms: Sequence[str]) -> list[
     return list(encode_all(tokenizer, [term if has_han(term) else lead + term for term in terms]))
 
 
+def gain(tokenizer: PreTrainedTokenizerBase, cut: Sequence[int]) -> int:
+    """Tokens that a term cut so would save as one token; at least one where it is unknown now, 0: it is whole."""
+    return max(len(cut) - 1, int(tokenizer.unk_token_id is not None and tokenizer.unk_token_id in cut))
+
+
 def find_terms(
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
@@ -76,13 +82,14 @@ def find_terms(
     single = _counted(words, 1, least_count)
     joined = _counted(words, _MOST_WORDS, least_count)
     grams = _counted(han, _MOST_CHARACTERS, least_count)
+    usual = {gram[0] for gram in sorted(single, key=lambda gram: -single[gram])[:_USUAL]}
     counts: dict[str, int] = {gram[0]: count for gram, count in single.items() if not gram[0].isdigit()}
     counts |= {
         " ".join(gram): count
         for gram, count in joined.items()
         if len(gram) > 1
-        and _content(gram[0])
-        and _content(gram[-1])
+        and _content(gram[0], usual)
+        and _content(gram[-1], usual)
         and _association(gram, count, joined, sum(map(len, words))) >= association
     }
     held = {
@@ -100,14 +107,14 @@ def find_terms(
 def _best(counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, most: int, least_count: int) -> list[str]:
     """Longer terms first take the occurrences of shorter ones inside them; then by tokens saved."""
     names = sorted(counts, key=lambda name: (-len(name), name))
-    pieces = dict(zip(names, map(len, cut_terms(tokenizer, names)), strict=True))
+    pieces = {name: gain(tokenizer, cut) for name, cut in zip(names, cut_terms(tokenizer, names), strict=True)}
     alone = dict(counts)
     saved: dict[str, int] = {}
     for name in names:
-        count, cut = alone[name], pieces[name]
-        if count < least_count or cut < 2:
+        count, fewer = alone[name], pieces[name]
+        if count < least_count or not fewer:
             continue
-        saved[name] = count * (cut - 1)
+        saved[name] = count * fewer
         for part in _parts(name):
             if part in alone:
                 alone[part] -= count
@@ -195,8 +202,6 @@ def _entropy(neighbours: Counter[str]) -> float:
     return -sum(count / total * math.log(count / total) for count in neighbours.values())
 
 
-def _content(word: str) -> bool:
-    """Whether an expression may begin or end with a word."""
-    return word.lower() not in _BINDING and (
-        len(word) > 3 or not (word.isascii() and word.isalpha() and word.islower())
-    )
+def _content(word: str, usual: Collection[str]) -> bool:
+    """Whether an expression may begin or end with a word: not if it binds others, nor if it is short and usual."""
+    return word.lower() not in _BINDING and (len(word) > 3 or word not in usual)

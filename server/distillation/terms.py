@@ -19,7 +19,7 @@ from common.errors import DistillationError
 from server.distillation.domain_model import DomainModel
 from server.distillation.embedding_rows import embedding_of, with_rows
 from server.distillation.pieces import rewrapped
-from server.distillation.term_search import cut_terms, find_terms, has_han, space_sign
+from server.distillation.term_search import cut_terms, find_terms, gain, has_han, space_sign
 
 __all__ = ["add_terms", "find_terms", "new_terms", "read_terms", "with_terms"]
 
@@ -57,7 +57,7 @@ def read_terms(path: Path) -> list[str]:
 
 
 def new_terms(tokenizer: PreTrainedTokenizerBase, terms: Sequence[str]) -> list[str]:
-    """Those of `terms` that the tokenizer cuts into several tokens, each once; the others are whole already.
+    """Those of `terms` that are several tokens or unknown, each once; the others are whole already.
 
     Raises:
         DistillationError: a term is empty or has white space around it.
@@ -69,7 +69,7 @@ def new_terms(tokenizer: PreTrainedTokenizerBase, terms: Sequence[str]) -> list[
     found: dict[str, str] = {}
     for term, cut in zip(terms, cut_terms(tokenizer, terms), strict=True):
         spelled = normalizer.normalize_str(term) if normalizer is not None else term
-        if len(cut) > 1 and spelled not in found:
+        if gain(tokenizer, cut) and spelled not in found:
             found[spelled] = term
     return list(found.values())
 

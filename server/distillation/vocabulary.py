@@ -167,7 +167,8 @@ def _enough(
     reached = np.flatnonzero(covered >= coverage)
     if len(reached):
         used = int(np.searchsorted(np.cumsum(counts[chosen] > 0), least)) + 1
-        return max(int(reached[0]) + 1, min(used, len(chosen)), len(needed))
+        enough = max(int(reached[0]) + 1, used, len(needed))
+        return enough if enough < len(chosen) else most  # all that there is: those of the held-out texts too
     if len(chosen) < most:
         raise DistillationError(
             f"the corpus is too small for a vocabulary: all pieces of its {len(texts)} texts together cover"
