@@ -17,6 +17,7 @@ from server.assessment.commands import compare as compare_models
 from server.assessment.commands import evaluate
 from server.commands import coordinator
 from server.distillation.export_command import export
+from server.distillation.vocabulary_commands import vocabulary
 
 if TYPE_CHECKING:
     from simulations.bundle_format import Facts
@@ -39,6 +40,7 @@ app.add_typer(bundle, name="bundle")
 app.command()(evaluate)
 app.command()(export)
 app.command("compare")(compare_models)
+app.add_typer(vocabulary, name="vocabulary")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]

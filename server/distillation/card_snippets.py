@@ -75,6 +75,7 @@ def _classifier(pooling: str, text: str) -> str:
         "last": 'hidden[torch.arange(len(hidden)), inputs["attention_mask"].sum(1) - 1]',
     }[pooling]
     return f"""import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -88,7 +89,7 @@ with torch.inference_mode():
     hidden = encoder(**inputs).last_hidden_state
 mask = inputs["attention_mask"].unsqueeze(-1)
 logits = ({vector}) @ head["weight"].T + head["bias"]
-labels = json.load(open("coadapt.json", encoding="utf-8"))["manifest"]["task"]["labels"]
+labels = json.loads(Path("coadapt.json").read_text(encoding="utf-8"))["manifest"]["task"]["labels"]
 print(labels[int(logits.argmax())])
 """
 
@@ -105,7 +106,7 @@ def _reader(model: DomainModel, file: str) -> str:
     kind, tokenizer = model.manifest.task.kind, model.tokenizer
     names, answer = {
         "text-classification": (
-            'json.load(open("coadapt.json", encoding="utf-8"))["manifest"]["task"]["labels"]',
+            'json.loads(Path("coadapt.json").read_text(encoding="utf-8"))["manifest"]["task"]["labels"]',
             "print([labels[best] for best in logits.argmax(-1)])",
         ),
         "token-classification": (
@@ -113,7 +114,7 @@ def _reader(model: DomainModel, file: str) -> str:
             "print([(piece, labels[best]) for piece, best in zip(rows[0].tokens, logits[0].argmax(-1))])",
         ),
     }[kind]
-    start = "import json\n\n" if "json." in names else ""
+    start = "import json\nfrom pathlib import Path\n\n" if "json." in names else ""
     return f"""{start}import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer

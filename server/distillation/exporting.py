@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 
 from common.errors import DistillationError
@@ -53,9 +54,21 @@ def export_path(
 
 
 def merged(model: DomainModel) -> DomainModel:
-    """The model without PEFT's layers: low-rank changes are added to the weights that they belong to."""
+    """The model without PEFT's layers: low-rank changes, those of a stack too, are added to the weights they belong to.
+
+    The network of `model` is used up.
+    """
     if not isinstance(model.network, PeftModel):
         return model
+    with torch.no_grad():
+        for layer in model.network.modules():
+            # Pairs below the newest one compute in a hook (`common/adapters.py`), of which PEFT knows nothing.
+            below = getattr(layer, "pairs_below", None)
+            if below is not None:
+                a, b = below
+                change = b @ a * cast(Any, layer).scaling["default"]
+                weight = cast(Any, layer).get_base_layer().weight
+                weight += change.T if cast(Any, layer).fan_in_fan_out else change
     network = cast(Any, model.network).merge_and_unload()
     return DomainModel(network.eval(), model.tokenizer, model.manifest)
 

@@ -28,7 +28,7 @@ from server.distillation.deployment import write_repository
 from server.distillation.domain_model import FACTS, DomainModel, load_model, save_model
 from server.distillation.exported import sha256
 from server.distillation.fidelity import Distance, distance, sample_of
-from server.distillation.gguf_export import Precision, check_gguf, export_gguf, load_gguf
+from server.distillation.gguf_export import Precision, check_gguf, compare_vocabulary, export_gguf, load_gguf
 from server.distillation.model_card import model_card
 from server.distillation.onnx_export import export_onnx, quantise_int4, quantise_int8
 from server.distillation.onnx_network import OnnxNetwork, load_onnx
@@ -116,6 +116,8 @@ def export(
             _write(name, part, model, run)
             _seal(part, {})
             found = _compared(name, model, _opened(name, place, base), texts)
+            if name in _PRECISIONS:
+                compare_vocabulary(model, place, texts)
             done.append(Exported(name, folder / FILES[name], _bytes(place), found.mean, found.agreement))
         if "onnx" not in wanted:
             (part / FILES["onnx"]).unlink(missing_ok=True)

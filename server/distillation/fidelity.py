@@ -1,5 +1,6 @@
 """How far an exported model is from its source, on texts that both read."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -56,20 +57,16 @@ def distance(source: DomainModel, exported: DomainModel, texts: Sequence[str]) -
 
 
 def sample_of(tokenizer: PreTrainedTokenizerBase, *, texts: int = 33, pieces: int = 24) -> list[str]:
-    """Texts of pieces taken evenly over the vocabulary, for a model that comes without any; no meaning, every length.
-
-    The same vocabulary gives the same texts.
+    """Texts of words taken evenly from the vocabulary, for a model that comes without any: 1 to `pieces` words long,
+    without meaning. The same vocabulary gives the same texts.
     """
     special = set(tokenizer.all_special_ids)
     ids = [index for index in range(len(tokenizer)) if index not in special]
-    step = max(1, len(ids) // (texts * pieces))
-    chosen = ids[::step]
     lengths = [1 + (number * 7) % pieces for number in range(texts)]
-    made = []
-    for number, length in enumerate(lengths):
-        part = [chosen[(number + place * texts) % len(chosen)] for place in range(length)]
-        made.append(cast(str, tokenizer.decode(part)))
-    return made
+    total = sum(lengths)
+    chosen = [ids[place * len(ids) // total] for place in range(total)]
+    words = iter(cast(str, tokenizer.decode([index])).replace("##", "").strip() for index in chosen)
+    return [" ".join(itertools.islice(words, length)) for length in lengths]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int) -> list[list[int]]:

@@ -4,13 +4,15 @@ Names and layout follow llama.cpp's own converter (`convert_hf_to_gguf.py`): for
 reordered, since llama.cpp turns neighbouring values where transformers turns halves.
 """
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import DistillationError
 from server.distillation.domain_model import DomainModel
@@ -20,11 +22,14 @@ from server.distillation.gguf_vocabulary import add_vocabulary
 from server.distillation.onnx_network import load_tokenizer_beside
 from server.distillation.plain import is_plain
 
-__all__ = ["Precision", "check_gguf", "export_gguf", "load_gguf"]
+__all__ = ["Precision", "check_gguf", "compare_vocabulary", "export_gguf", "load_gguf"]
 
 Precision = Literal["f32", "f16", "q8_0"]
 
 ARCHITECTURES = ("llama", "qwen2")
+
+# Least share of sample texts that the vocabulary in the file must cut as the model's own tokenizer does.
+SAME_CUTS = 0.9
 
 # Q8_0 stores 32 weights of a row with one scale.
 BLOCK = 32
@@ -38,6 +43,11 @@ def export_gguf(model: DomainModel, path: Path, *, precision: Precision = "q8_0"
     """
     need("a GGUF file", "gguf")
     config = check_gguf(model)
+    with quiet():
+        _write(model, config, path, precision)
+
+
+def _write(model: DomainModel, config: Any, path: Path, precision: Precision) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -51,10 +61,8 @@ def export_gguf(model: DomainModel, path: Path, *, precision: Precision = "q8_0"
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        width = _head_width(config)
-        writer.add_rope_dimension_count(width)
-        writer.add_key_length(width)
-        writer.add_value_length(width)
+        for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
+            add(_head_width(config))
         writer.add_vocab_size(config.vocab_size)
         types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
         writer.add_file_type(gguf.LlamaFileType[types[precision]])
@@ -157,3 +165,21 @@ def load_gguf(path: Path) -> DomainModel:
             f"{path} cannot be read as a GGUF file ({type(error).__name__}); it is damaged: export the model again"
         ) from error
     return DomainModel(network.eval(), load_tokenizer_beside(path), facts.manifest)
+
+
+def compare_vocabulary(model: DomainModel, path: Path, texts: Sequence[str]) -> None:
+    """Check that the vocabulary in the file, which llama.cpp has nothing else than, cuts texts as the model needs.
+
+    Raises:
+        DistillationError: more than a tenth of `texts` are cut in another way.
+    """
+    with quiet(), tempfile.TemporaryDirectory() as alone:  # a tokenizer.json beside the file would be read instead
+        (Path(alone) / "own.gguf").symlink_to(path.resolve())
+        own = AutoTokenizer.from_pretrained(alone, gguf_file="own.gguf", local_files_only=True)
+    pairs = zip(own(list(texts))["input_ids"], cast(Any, model.tokenizer(list(texts)))["input_ids"], strict=True)
+    other = sum(ours != theirs for ours, theirs in pairs)
+    if other > (1 - SAME_CUTS) * len(texts):
+        raise DistillationError(
+            f"the vocabulary of a GGUF file cuts {other} of {len(texts)} sample texts otherwise than the model's"
+            " tokenizer: whole terms and text normalisation have no place in it; export onnx, or distil with terms = 0"
+        )

@@ -5,7 +5,7 @@ Facts that it reads, all of them JSON and all optional:
 license      an SPDX name; "unknown" where nobody has chosen one
 federation   what `federation_facts` gives
 steps        list of {name, parameters, bytes, figures, latency_ms}: every step from the teacher on, on one test set
-vocabulary   {pieces, coverage, unknown, length_factor, identical}: shares and factors on held-out text
+vocabulary   {pieces, occurrences, unknown, length_factor, identical}: `vocabulary.Coverage` as a dictionary
 made         list of sentences on how the model was made
 corpus       one sentence on the text that it was distilled on
 exports      list of {format, file, bytes, difference, tolerance, agreement}, which `exports.export` adds
@@ -200,7 +200,7 @@ def _vocabulary(vocabulary: Mapping[str, Any] | None) -> str:
         return ""
     words = {
         "pieces": ("pieces", "{:,}"),
-        "coverage": ("occurrences of held-out text that are kept", "{:.2%}"),
+        "occurrences": ("occurrences of held-out text that are kept", "{:.2%}"),
         "unknown": ("occurrences that became the unknown piece", "{:.2%}"),
         "length_factor": ("length of held-out text, as a factor", "{:.3f}"),
         "identical": ("held-out texts that are cut as before", "{:.1%}"),

@@ -1,5 +1,6 @@
 """GGUF files: what the transformers library reads back is the model that was written."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from server.distillation.exports import TOLERANCE, export
 from server.distillation.fidelity import distance
 from server.distillation.gguf_export import export_gguf, load_gguf
 from server.distillation.gguf_vocabulary import splitting
+from server.distillation.terms import add_terms
+from server.distillation.vocabulary import apply_vocabulary, trim
+from simulations.contracts import records
 
 TEXTS = ["The licensee shall pay 12345 dollars; it'll not wait.", "  two  spaces\n\nand lines", "émigré 心肌梗死"]
 
@@ -116,11 +120,11 @@ def test_smaller_files_stay_within_their_rounding(
     model, folder = written["qwen2"]
     loaded = load_gguf(folder / file)
     assert 0 < distance(model, loaded, TEXTS).mean <= TOLERANCE[form]
-    records = [InstructionRecord(instruction=text, input="", output=text, unit="u") for text in TEXTS]
+    asked = [InstructionRecord(instruction=text, input="", output=text, unit="u") for text in TEXTS]
     bits = []
     for each in (model, loaded):
-        counts = measure(each.network, each.task, each.task.encode(records).examples, batch_size=2, precision="fp32")
-        bits.append(figures("causal-lm", counts)["bits_per_byte"])
+        counts = measure(each.network, each.task, each.task.encode(asked).examples, batch_size=2, precision="fp32")
+        bits.append(figures("causal-lm", counts, ["bits_per_byte"])["bits_per_byte"])
     assert bits[1] == pytest.approx(bits[0], rel=0.02)
     sizes = [(folder / name).stat().st_size for name in ("model.q8_0.gguf", "model.f16.gguf", "model.f32.gguf")]
     assert sizes == sorted(sizes)
@@ -134,6 +138,25 @@ def test_the_files_own_tokenizer_cuts_text_the_same_way(
     (tmp_path / "alone.gguf").write_bytes((folder / "model.f32.gguf").read_bytes())
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="alone.gguf")
     assert theirs(TEXTS)["input_ids"] == model.tokenizer(TEXTS)["input_ids"]
+
+
+def test_the_cards_code_runs(
+    written: dict[str, tuple[DomainModel, Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = written["llama"]
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), flags=re.DOTALL)
+    assert ['gguf_file="model.f32.gguf"' in block for block in blocks] == [False, True]
+    said = []
+    for block in blocks:
+        exec(block, {})
+        said.append(capsys.readouterr().out.removesuffix("\n"))
+    text = "Question: What does the tenant pay?\nAnswer: "
+    ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        best = model.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()
+    assert said[0] == model.tokenizer.decode(int(best))
+    assert text + said[0] in said[1]
 
 
 def test_names_of_splits_are_the_librarys(written: dict[str, tuple[DomainModel, Path]]) -> None:
@@ -177,3 +200,22 @@ def test_models_that_no_file_can_hold_are_refused(manifest_for: Callable[..., Ma
     with pytest.raises(DistillationError, match="found 'llama3'"):
         export(scaled, tmp_path / "out", ["gguf"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_terms_that_the_files_vocabulary_would_cut_are_noticed(
+    manifest_for: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    model = add_terms(llama(manifest_for("causal-lm")), ["force majeure"])
+    with pytest.raises(DistillationError, match="cuts 2 of 3 sample texts otherwise"):
+        export(model, tmp_path / "out", ["gguf"], sample=["A force majeure.", "force majeure", "Rent is due."])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trimmed_vocabulary_goes_with_the_file(manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
+    whole = llama(manifest_for("causal-lm"))
+    trimmed = trim(whole.tokenizer, [row["text"] for row in records("train", 0)], pieces=600, coverage=0.9)
+    model = apply_vocabulary(whole, trimmed)
+    (made,) = export(model, tmp_path / "out", ["gguf"], sample=TEXTS)
+    loaded = load_gguf(made.path)
+    assert loaded.network.config.vocab_size == len(trimmed.tokenizer) < 700
+    assert distance(model, loaded, TEXTS).mean < TOLERANCE["gguf"]
