@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, DistillationError
 from server.distillation.domain_model import DomainModel, load_model, save_model
-from server.distillation.extend import _Lesson, _pairs, extend
+from server.distillation.extend import extend
 from server.distillation.pieces import Text
+from server.distillation.term_lesson import Lesson, text_pairs
 from server.distillation.terms import add_terms, find_terms
 from simulations.commands import app
 
@@ -82,11 +83,11 @@ def test_a_term_is_to_have_the_probability_of_its_pieces(manifest_for: Callable[
     model = model_of("untied", "byte-bpe", manifest_for)
     after, text = add_terms(model, ["force majeure"]), "loss by force majeure of the carrier"
     term = len(model.tokenizer)
-    (pair,) = _pairs(model, after, [text])
+    (pair,) = text_pairs(model, after, [text])
     said = logits(model, pair.old)[..., :term].softmax(-1)
-    lesson = _Lesson(model, after, 1)
+    lesson = Lesson(model, after, 1)
     places = torch.tensor(pair.places)
-    target = lesson._with_terms(said[0, places[:, 0]], said, [pair])
+    target = lesson.with_terms(said[0, places[:, 0]], said, [pair])
     at = pair.new.index(term) - 1  # the place before the term in the new pieces
     (row,) = (index for index, place in enumerate(pair.places) if place[1] == at)
     pieces = model.tokenizer(" force majeure", add_special_tokens=False)["input_ids"]
@@ -103,7 +104,7 @@ def test_a_term_is_to_have_the_probability_of_its_pieces(manifest_for: Callable[
 def test_the_places_are_the_same_borders_in_both(manifest_for: Callable[..., Manifest]) -> None:
     model = model_of("token", "wordpiece", manifest_for)
     after, words = add_terms(model, ["indemnify"]), ["to", "indemnify", "the", "Company"]
-    (pair,) = _pairs(model, after, [words])
+    (pair,) = text_pairs(model, after, [words])
     old = model.tokenizer(words, is_split_into_words=True).word_ids()
     new = after.tokenizer(words, is_split_into_words=True).word_ids()
     firsts = [(old.index(word), new.index(word)) for word in range(4)]
