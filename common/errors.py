@@ -6,6 +6,7 @@
     ├── ModelError           a base model is missing, has the wrong digest or does not fit the task
     ├── AdapterError         an adapter does not fit the model or the manifest
     ├── DistillationError    a compact model cannot be made, stored, exported or read
+    ├── AssessmentError      a model cannot be measured, or two cannot be compared
     ├── TrainingError        training cannot go on
     │   └── NotFiniteLoss    the loss became NaN or infinite
     ├── PrivacyError         a privacy setting breaks a rule, or a check of the private training failed
@@ -50,6 +51,7 @@ import re
 __all__ = [
     "AdapterError",
     "AppRefused",
+    "AssessmentError",
     "BudgetError",
     "ChecksumMismatch",
     "CoadaptError",
@@ -129,6 +131,12 @@ class DistillationError(CoadaptError):
     """A compact model cannot be made, stored, exported or read."""
 
     code = "distillation"
+
+
+class AssessmentError(CoadaptError):
+    """A model cannot be measured, or two cannot be compared."""
+
+    code = "assessment"
 
 
 class TrainingError(CoadaptError):
