@@ -34,7 +34,7 @@ from common.errors import DistillationError
 from common.models import PooledClassifier, Pooling
 from common.tasks.task import Task, make_task
 
-__all__ = ["DomainModel", "load_model", "save_model", "write_model"]
+__all__ = ["DomainModel", "load_model", "save_model"]
 
 FACTS = "coadapt.json"
 _CLASSES: dict[str, Any] = {
@@ -68,31 +68,26 @@ class DomainModel:
 
 
 def save_model(folder: Path, model: DomainModel, facts: Mapping[str, Any]) -> None:
-    """Write a new folder, whole or not at all.
+    """Write the folder, whole or not at all; `facts` are what the model card tells of how it was made.
 
     Raises:
         DistillationError: the folder exists.
     """
     if folder.exists():
         raise DistillationError(f"{folder} exists already; a model never replaces another: choose another folder")
-    with new_folder(folder) as part:
-        write_model(part, model, facts)
-
-
-def write_model(folder: Path, model: DomainModel, facts: Mapping[str, Any]) -> None:
-    """Fill a folder that `common.durable.new_folder` makes; `facts` tell how the model was made."""
     network = model.network
     body = network.encoder if isinstance(network, PooledClassifier) else network
-    cast(Any, body.config).save_pretrained(folder)
-    save_file(_own_tensors(body), folder / "model.safetensors", metadata={"format": "pt"})
-    written: dict[str, Any] = {"format": 1, "manifest": model.manifest.model_dump(mode="json")}
-    if isinstance(network, PooledClassifier):
-        save_file(_own_tensors(network.head), folder / "head.safetensors", metadata={"format": "pt"})
-        written["pooling"] = network.pooling
-    model.tokenizer.save_pretrained(folder)
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    written |= {"sha256": {name: _sha256(folder / name) for name in files}, "facts": dict(facts)}
-    write_text(folder / FACTS, json.dumps(written, indent=2) + "\n")
+    with new_folder(folder) as part:
+        cast(Any, body.config).save_pretrained(part)
+        save_file(_own_tensors(body), part / "model.safetensors", metadata={"format": "pt"})
+        written: dict[str, Any] = {"format": 1, "manifest": model.manifest.model_dump(mode="json")}
+        if isinstance(network, PooledClassifier):
+            save_file(_own_tensors(network.head), part / "head.safetensors", metadata={"format": "pt"})
+            written["pooling"] = network.pooling
+        model.tokenizer.save_pretrained(part)
+        files = sorted(path.name for path in part.iterdir() if path.is_file())
+        written |= {"sha256": {name: _sha256(part / name) for name in files}, "facts": dict(facts)}
+        write_text(part / FACTS, json.dumps(written, indent=2) + "\n")
 
 
 def load_model(folder: Path) -> DomainModel:
