@@ -13,6 +13,8 @@ from rich.console import Console
 
 from client.commands import site
 from common.errors import CoadaptError, ManifestError, RunError
+from server.assessment.commands import compare as compare_models
+from server.assessment.commands import evaluate
 from server.commands import coordinator
 
 __all__ = ["app", "main"]
@@ -28,6 +30,8 @@ app = typer.Typer(
 
 app.add_typer(site, name="site")
 app.add_typer(coordinator, name="coordinator")
+app.command()(evaluate)
+app.command("compare")(compare_models)
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]

@@ -59,9 +59,9 @@ class Outcomes:
     def right(self) -> npt.NDArray[np.bool_] | None:
         """Whether each record is right as a whole [records]; None where a record is neither right nor wrong."""
         if self.kind == "text-classification":
-            return self._column("correct") > 0
+            return np.asarray(self._column("correct") > 0)
         if self.kind == "token-classification":
-            return self._column("fp") + self._column("fn") == 0
+            return np.asarray((self._column("fp") == 0) & (self._column("fn") == 0))
         return None
 
     def needed(self, metric: str) -> "Outcomes":
