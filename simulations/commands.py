@@ -16,6 +16,7 @@ from common.errors import CoadaptError, ManifestError, RunError
 from server.assessment.commands import compare as compare_models
 from server.assessment.commands import evaluate
 from server.commands import coordinator
+from server.distillation.export_command import export
 
 __all__ = ["app", "main"]
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(site, name="site")
 app.add_typer(coordinator, name="coordinator")
 app.command()(evaluate)
+app.command()(export)
 app.command("compare")(compare_models)
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]

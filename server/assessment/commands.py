@@ -150,11 +150,15 @@ def _print_evaluation(path: Path, found: "Evaluation", size: int, memory: "PeakM
         passed = found.cost.throughput
         table.add_row(
             f"throughput, batches of {passed.batch_size}",
-            f"{passed.by_cpu:,.0f} records/s by CPU time",
-            f"{passed.by_wall:,.0f} by the clock",
+            f"{passed.by_cpu:,.0f}/s CPU",
+            f"records; by the clock {passed.by_wall:,.0f}",
         )
     if memory is not None:
-        table.add_row("peak memory", f"{memory.model:,.0f} MiB", f"{memory.process:,.0f} MiB with Python and libraries")
+        table.add_row(
+            "peak memory",
+            f"{memory.model:,.0f} MiB",
+            f"and {memory.process - memory.model:,.0f} for Python and libraries",
+        )
     if found.parameters:
         table.add_row("parameters", f"{found.parameters:,}", "")
     table.add_row("weights on disk", f"{size:,} bytes", "")
@@ -163,9 +167,9 @@ def _print_evaluation(path: Path, found: "Evaluation", size: int, memory: "PeakM
 
 def _add_latency(table: Table, latency: "Latency") -> None:
     table.add_row(
-        "latency, batch 1, one thread",
+        "latency, batch 1",
         f"{latency.cpu_median:.2f} ms CPU",
-        f"95 % below {latency.cpu_p95:.2f}; by the clock {latency.wall_median:.2f}, {latency.wall_p95:.2f}",
+        f"95 % below {latency.cpu_p95:.2f}; by the clock {latency.wall_median:.2f} and {latency.wall_p95:.2f}",
     )
     table.add_row("tokenising", f"{latency.tokenise:.2f} ms CPU", f"median text of {latency.tokens:.0f} tokens")
 
@@ -189,7 +193,7 @@ def _print_comparison(a: Path, b: Path, found: "Comparison") -> None:
     console.print(table)
     if found.mcnemar is not None:
         test = found.mcnemar
-        _say(f"McNemar: {test.only_first} records right by A alone, {test.only_second} by B alone; p = {test.p:.4f}"
+        _say(f"McNemar: {test.only_first} records right by A alone, {test.only_second} by B alone; {_p(test.p)}"
              f" ({test.method})")  # fmt: skip
     _say(found.verdict)
 
@@ -211,6 +215,10 @@ def _value(value: float) -> str:
 
 def _interval(figure: "Figure") -> str:
     return "" if math.isnan(figure.low) else f"{_value(figure.low)} to {_value(figure.high)}"
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.4f}" if p >= 0.0001 else "p < 0.0001"
 
 
 def _say(text: str) -> None:

@@ -93,16 +93,21 @@ def compare(
     return dataclasses.replace(found, parameters=(a.parameters, b.parameters), speed=speed)
 
 
-def compare_outcomes(a: Outcomes, b: Outcomes, *, metric: str | None = None) -> Comparison:
+def compare_outcomes(
+    a: Outcomes, b: Outcomes, *, metric: str | None = None, metrics: Sequence[str] | None = None
+) -> Comparison:
     """The comparison of two models' outcomes on the same records, in the same order.
+
+    `metric` is the main one, else the task's first; `metrics` are all to report, None for every one there is.
 
     A difference counts as found if the paired bootstrap's interval excludes zero, and, where the main metric is a
     share of right records, McNemar's test agrees (p < 0.05): with a handful of records on which the models differ the
     percentile interval is too narrow, and the exact test is not.
     """
-    figures = zip(figures_with_intervals(a), figures_with_intervals(b), strict=True)
+    ours, theirs = figures_with_intervals(a, metrics), figures_with_intervals(b, metrics)
     differences = [
-        Difference(ours.metric, ours, theirs, paired_bootstrap(a, b, ours.metric)) for ours, theirs in figures
+        Difference(first.metric, first, second, paired_bootstrap(a, b, first.metric))
+        for first, second in zip(ours, theirs, strict=True)
     ]
     main = metric or METRICS[a.kind][0]
     if main not in [difference.metric for difference in differences]:

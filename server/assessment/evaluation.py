@@ -139,12 +139,11 @@ def outcomes_of(
     return outcomes
 
 
-def figures_with_intervals(outcomes: Outcomes) -> tuple[Figure, ...]:
-    """Every figure that the counts allow, in the order of the task's metrics."""
+def figures_with_intervals(outcomes: Outcomes, metrics: Sequence[str] | None = None) -> tuple[Figure, ...]:
+    """The named figures, or every one that the counts allow in the order of the task's metrics, with intervals."""
     counts, found = outcomes.total, []
-    for metric in (*METRICS[outcomes.kind], *GENERATED):
-        if metric in GENERATED and metric not in outcomes.keys:
-            continue
+    known = [*METRICS[outcomes.kind], *(metric for metric in GENERATED if metric in outcomes.keys)]
+    for metric in known if metrics is None else metrics:
         interval = _interval(outcomes, metric, counts)
         found.append(Figure(metric, figure_of(outcomes.kind, counts, metric), interval.low, interval.high))
     return tuple(found)

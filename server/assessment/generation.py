@@ -23,7 +23,7 @@ def answers(model: DomainModel, records: Sequence[Record], *, most_tokens: int, 
     other, such as an ONNX file, reads the whole text again for every token, to the same end.
 
     Raises:
-        AssessmentError: the model's task is another than causal-lm.
+        AssessmentError: the model's task is another than causal-lm, or its network has too few positions.
     """
     if model.manifest.task.kind != "causal-lm":
         raise AssessmentError(f"only a causal-lm model writes answers, and this one does {model.manifest.task.kind}")
@@ -46,7 +46,11 @@ def _prompts(model: DomainModel, records: Sequence[InstructionRecord], most_toke
     """Token ids before the answer, exactly those that the model was trained with."""
     examples = model.task.encode([replace(record, output="") for record in records]).examples
     positions = getattr(getattr(model.network, "config", None), "max_position_embeddings", None)
-    room = None if positions is None else max(1, int(positions) - most_tokens)
+    if positions is not None and most_tokens >= int(positions):
+        raise AssessmentError(
+            f"--max-new-tokens must be below the {positions} positions that the network has, found {most_tokens}"
+        )
+    room = None if positions is None else int(positions) - most_tokens
     prompts = []
     for example in examples:
         ids = [int(token) for token, target in zip(example.tokens, example.target, strict=True) if target == IGNORED]
@@ -91,9 +95,13 @@ def _plain(model: DomainModel, prompts: Sequence[list[int]], most_tokens: int) -
         longest = max(len(rows[place]) for place in places)
         ids = torch.tensor([rows[place] + [pad] * (longest - len(rows[place])) for place in places])
         mask = torch.tensor([[1] * len(rows[place]) + [0] * (longest - len(rows[place])) for place in places])
-        logits = cast(Any, model.network)(
-            input_ids=ids.to(_device(model)), attention_mask=mask.to(_device(model))
-        ).logits
+        try:
+            output = cast(Any, model.network)(input_ids=ids.to(_device(model)), attention_mask=mask.to(_device(model)))
+        except Exception as error:  # another runtime's own classes; a file does not tell how much it can read
+            raise AssessmentError(
+                f"the network cannot read {longest} tokens ({type(error).__name__}); give a smaller --max-new-tokens"
+            ) from error
+        logits = output.logits
         for row, place in enumerate(places):
             token = int(logits[row, len(rows[place]) - 1].argmax())
             rows[place].append(token)

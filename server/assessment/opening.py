@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from common.adapters import load_adapter
 from common.config.manifest import Manifest
 from common.errors import AssessmentError
 from common.models import Base, find_base, load_task_model, load_tokenizer
 from server.distillation.domain_model import FACTS, DomainModel, load_model
 
-__all__ = ["open_model", "stored_bytes"]
+__all__ = ["Kind", "kind_of", "open_model", "stored_bytes"]
 
 Kind = Literal["run", "adapter", "model", "onnx", "gguf", "base"]
 
@@ -40,7 +39,7 @@ def open_model(path: Path, *, base: Path | None = None, manifest: Manifest | Non
         DistillationError: a model or an exported file is damaged.
         AdapterError, ModelError: an adapter is damaged or was trained on another base, or there is no such base.
     """
-    kind, place = _told(path)
+    kind, place = kind_of(path)
     if kind == "base":
         return _base(place, manifest)
     return _adapted(place, base) if kind in ("run", "adapter") else _READERS[kind](place)
@@ -51,7 +50,7 @@ def stored_bytes(path: Path, *, base: Path | None = None) -> int:
 
     Tokenizer and configuration are left out: a format that holds them, such as GGUF, counts with them all the same.
     """
-    kind, place = _told(path)
+    kind, place = kind_of(path)
     if kind in ("run", "adapter"):
         weights = sorted(_found_base(place, base).folder.glob("*.safetensors"))
         return sum(file.stat().st_size for file in [*weights, place / "adapter_model.safetensors"])
@@ -60,8 +59,12 @@ def stored_bytes(path: Path, *, base: Path | None = None) -> int:
     return sum(file.stat().st_size for file in place.glob("*.safetensors"))
 
 
-def _told(path: Path) -> tuple[Kind, Path]:
-    """What `path` is, and the folder or file to read."""
+def kind_of(path: Path) -> tuple[Kind, Path]:
+    """What `path` is, and the folder or file to read.
+
+    Raises:
+        AssessmentError: it is no model.
+    """
     if not path.exists():
         raise AssessmentError(f"{path}: no such file or folder; a model is {_KNOWN}")
     if path.is_file():
@@ -83,19 +86,17 @@ def _told(path: Path) -> tuple[Kind, Path]:
 
 
 def _of_coadapt(folder: Path) -> tuple[Kind, Path]:
-    """A folder with `coadapt.json`: an adapter's names the base's weights, all others list digests of their files."""
+    """A folder with `coadapt.json`: an adapter's names the base's weights; a model's may hold exports beside it."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        is_adapter, files = "weights_sha256" in facts, facts.get("sha256", {})
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        is_adapter = "weights_sha256" in json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
         raise AssessmentError(
             f"{folder / FACTS} cannot be read ({type(error).__name__}); restore the model from a copy"
         ) from error
     if is_adapter:
         return "adapter", folder
-    if "model.safetensors" in files or not any(folder.glob(f"*{end}") for end in (".onnx", ".gguf")):
-        return "model", folder
-    return _exported(folder)
+    exported = any(folder.glob("*.onnx")) or any(folder.glob("*.gguf"))
+    return _exported(folder) if exported and not (folder / "model.safetensors").is_file() else ("model", folder)
 
 
 def _exported(folder: Path) -> tuple[Kind, Path]:
@@ -120,6 +121,8 @@ def _found_base(adapter: Path, base: Path | None) -> Base:
 
 
 def _adapted(adapter: Path, base: Path | None) -> DomainModel:
+    from common.adapters import load_adapter  # PEFT takes seconds to import, and no other kind needs it
+
     found = _found_base(adapter, base)
     network, manifest = load_adapter(adapter, found)
     return DomainModel(network.eval(), load_tokenizer(found), manifest)

@@ -92,7 +92,7 @@ def count_records(
     batches, and each record's part of its output is then counted alone.
 
     Raises:
-        AssessmentError: there are no records, or the network fails on them.
+        AssessmentError: there are no records.
     """
     if not records:
         raise AssessmentError("no records to measure on; give at least one")

@@ -4,7 +4,7 @@ Everything is computed from per-record counts (`outcomes.py`). Random numbers co
 records and models give the same interval and verdict on every machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,9 +76,8 @@ def bootstrap(
 
     Records are drawn with replacement, as many as there are, and the figure is computed from the sum of their counts.
     """
-    one = outcomes.needed(metric)
-    values = [figure_of(one.kind, counts, metric) for (counts,) in _drawn([one], resamples, seed, metric)]
-    return _percentiles(np.array(values), level)
+    (values,) = _drawn([outcomes], metric, resamples, seed)
+    return _percentiles(values, level)
 
 
 def paired_bootstrap(
@@ -97,17 +96,13 @@ def paired_bootstrap(
     """
     if len(first.rows) != len(second.rows):
         raise ValueError(f"paired outcomes must be of the same records: {len(first.rows)}, {len(second.rows)}")
-    kind, pair = first.kind, [first.needed(metric), second.needed(metric)]
-    values = np.array(
-        [
-            figure_of(kind, theirs, metric) - figure_of(kind, ours, metric)
-            for ours, theirs in _drawn(pair, resamples, seed, metric)
-        ]
-    )
+    ours, theirs = _drawn([first, second], metric, resamples, seed)
+    with np.errstate(invalid="ignore"):  # a perplexity beyond a float, less another
+        values = theirs - ours
     interval = _percentiles(values, level)
     known = values[np.isfinite(values)]
     return Paired(
-        difference=figure_of(kind, pair[1].total, metric) - figure_of(kind, pair[0].total, metric),
+        difference=figure_of(second.kind, second.total, metric) - figure_of(first.kind, first.total, metric),
         low=interval.low,
         high=interval.high,
         standard_error=float(known.std(ddof=1)) if len(known) > 1 else float("nan"),
@@ -133,29 +128,32 @@ def mcnemar(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> McNe
     return McNemar(only_first, only_second, middle, "mid-p")
 
 
-def _drawn(pair: list[Outcomes], resamples: int, seed: int, metric: str) -> Iterator[list[dict[str, float]]]:
-    """Summed counts of each of `pair` over records drawn with replacement, `resamples` times.
+def _drawn(models: Sequence[Outcomes], metric: str, resamples: int, seed: int) -> list[npt.NDArray[np.float64]]:
+    """The figure of each model, [resamples], over records drawn with replacement, the same ones for all models.
 
     Records with equal rows are one type. How often each type is drawn is multinomial, with the types' shares, which
     is what drawing the records one by one gives; there are few types where records are right or wrong.
     """
-    rows = np.hstack([outcomes.rows for outcomes in pair])
-    types, repeats = np.unique(rows, axis=0, return_counts=True)
+    parts = [model.needed(metric) for model in models]
+    types, repeats = np.unique(np.hstack([part.rows for part in parts]), axis=0, return_counts=True)
+    records = int(repeats.sum())
     rng = seeded(seed, "bootstrap", metric)
     block = max(1, _BLOCK // len(types))
-    for start in range(0, resamples, block):
-        drawn = rng.multinomial(len(rows), repeats / len(rows), size=min(block, resamples - start))
-        for sums in drawn @ types:
-            yield _split(sums, pair)
+    sums = np.vstack(
+        [
+            rng.multinomial(records, repeats / records, size=min(block, resamples - start)) @ types
+            for start in range(0, resamples, block)
+        ]
+    )
+    ends = np.cumsum([len(part.keys) for part in parts])[:-1]
+    return [_figures(part, metric, own) for part, own in zip(parts, np.split(sums, ends, axis=1), strict=True)]
 
 
-def _split(sums: npt.NDArray[np.float64], pair: list[Outcomes]) -> list[dict[str, float]]:
-    parts, start = [], 0
-    for outcomes in pair:
-        end = start + len(outcomes.keys)
-        parts.append(dict(zip(outcomes.keys, sums[start:end].tolist(), strict=True)))
-        start = end
-    return parts
+def _figures(part: Outcomes, metric: str, sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The figure of every row of summed counts; equal rows, of which there are many for a share, only once."""
+    different, places = np.unique(sums, axis=0, return_inverse=True)
+    values = [figure_of(part.kind, dict(zip(part.keys, row, strict=True)), metric) for row in different.tolist()]
+    return np.array(values)[places.reshape(-1)]
 
 
 def _percentiles(values: npt.NDArray[np.float64], level: float) -> Interval:

@@ -83,7 +83,9 @@ def _check(model: DomainModel) -> None:
             "the model is an ONNX file already, which cannot be exported again; give the folder that it was made from"
         )
     if any(parameter.dtype != torch.float32 for parameter in parameters):
-        raise DistillationError("the model is not in float32 throughout; ONNX files are made from merged float32 models")
+        raise DistillationError(
+            "the model is not in float32 throughout; ONNX files are made from merged float32 models"
+        )
     size = sum(parameter.numel() * 4 for parameter in parameters)
     if size > LARGEST:
         raise DistillationError(
@@ -101,7 +103,7 @@ def quantise_int8(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with quiet():
-        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(_with_own_head(source), target, per_channel=True, weight_type=QuantType.QInt8)
 
 
 def quantise_int4(source: Path, target: Path) -> None:
@@ -110,7 +112,6 @@ def quantise_int4(source: Path, target: Path) -> None:
     (Round to nearest, symmetric; the nodes are onnxruntime's MatMulNBits and GatherBlockQuantized.)
     """
     need("4-bit quantisation", "onnx", "onnxruntime")
-    import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     config = DefaultWeightOnlyQuantConfig(
@@ -122,6 +123,27 @@ def quantise_int4(source: Path, target: Path) -> None:
         quant_axes=(("MatMul", 0), ("Gather", 1)),
     )
     with quiet():
-        quantiser = MatMulNBitsQuantizer(onnx.load(source), algo_config=config)
+        quantiser = MatMulNBitsQuantizer(_with_own_head(source), algo_config=config)
         quantiser.process()
         target.write_bytes(quantiser.model.model.SerializeToString())
+
+
+def _with_own_head(source: Path) -> Any:
+    """The graph, in which a head that is tied to the embeddings has a transposed copy of its own.
+
+    Of a tied head the quantisers see a matrix that is made while the graph runs: int8 would unpack all of it for every
+    text, and 4 bits leave it as it is, in float32.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(source)
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type == "Transpose" and node.input[0] in stored:
+            order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
+            array = numpy_helper.to_array(stored[node.input[0]]).transpose(order)
+            graph.initializer.append(numpy_helper.from_array(array.copy(), node.output[0]))
+            graph.node.remove(node)
+    return model

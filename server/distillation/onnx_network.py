@@ -52,7 +52,10 @@ class OnnxNetwork(nn.Module):
                 f"{path} cannot be read as an ONNX file ({type(error).__name__}); it is damaged, or needs a newer"
                 " onnxruntime: export the model again"
             ) from error
-        names = [value.name for value in self.session.get_inputs()], [value.name for value in self.session.get_outputs()]
+        names = (
+            [value.name for value in self.session.get_inputs()],
+            [value.name for value in self.session.get_outputs()],
+        )
         if names != (list(INPUTS), [OUTPUT]):
             raise DistillationError(
                 f"{path} has inputs {', '.join(names[0])} and outputs {', '.join(names[1])}; a model of Coadapt has"
