@@ -1,6 +1,6 @@
 """Public text of the domain to distil on: from files, unlabelled or not; a part of it is held out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from common.errors import DataError, DistillationError
 from common.randomness import seeded
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 
-__all__ = ["FEWEST", "Corpus", "corpus_of", "read_corpus"]
+__all__ = ["FEWEST", "Corpus", "corpus_of", "read_corpus", "texts_in"]
 
 # With fewer texts neither a vocabulary nor a student comes of it.
 FEWEST = 50
@@ -62,8 +62,8 @@ def corpus_of(
     """
     known = labelled or [False] * len(records)
     once: dict[str, tuple[Record, bool]] = {}
-    for record, has_label in zip(records, known, strict=True):
-        once.setdefault(_text(record), (record, has_label))
+    for record, text, has_label in zip(records, texts_in(records), known, strict=True):
+        once.setdefault(text if isinstance(text, str) else "\x1f".join(text), (record, has_label))
     pairs = list(once.values())
     if len(pairs) < FEWEST:
         raise DistillationError(
@@ -133,12 +133,15 @@ def words_of(text: str) -> list[str]:
     ]
 
 
-def _text(record: Record) -> str:
-    match record:
-        case TextRecord():
-            return record.text
-        case TokensRecord():
-            return "\x1f".join(record.tokens)
-        case InstructionRecord():
-            return "\x1f".join((record.instruction, record.input, record.output))
-    raise TypeError(type(record).__name__)
+def texts_in(records: Iterable[Record]) -> list[str | Sequence[str]]:
+    """What a tokenizer reads of the records: texts, or words where the task reads words."""
+    texts: list[str | Sequence[str]] = []
+    for record in records:
+        match record:
+            case TextRecord():
+                texts.append(record.text)
+            case TokensRecord():
+                texts.append(record.tokens)
+            case InstructionRecord():
+                texts.append("\n".join(part for part in (record.instruction, record.input, record.output) if part))
+    return texts

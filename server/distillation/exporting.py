@@ -3,17 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-from peft import PeftModel
+from typing import Any
 
 from common.errors import DistillationError
-from server.assessment.opening import open_model
 from server.distillation.domain_model import FACTS, DomainModel
 from server.distillation.exports import Exported, export
 from server.distillation.federation_facts import federation_facts
+from server.distillation.teacher import load_teacher
 
-__all__ = ["export_path", "merged"]
+__all__ = ["export_path"]
 
 
 def export_path(
@@ -35,7 +33,7 @@ def export_path(
         AssessmentError, AdapterError, ModelError: `path` is no model, or cannot be opened.
     """
     sample = _lines(texts) if texts is not None else []
-    model = merged(open_model(path, base=base))
+    model = load_teacher(path, base=base)
     is_run = (path / "federation.toml").is_file() or (path / "adapter_model.safetensors").is_file()
     facts = _facts(path, model)
     if license_name is not None:
@@ -50,14 +48,6 @@ def export_path(
         facts=facts,
         on_format=on_format,
     )
-
-
-def merged(model: DomainModel) -> DomainModel:
-    """The model without PEFT's layers: low-rank changes are added to the weights that they belong to."""
-    if not isinstance(model.network, PeftModel):
-        return model
-    network = cast(Any, model.network).merge_and_unload()
-    return DomainModel(network.eval(), model.tokenizer, model.manifest)
 
 
 def _facts(path: Path, model: DomainModel) -> dict[str, Any]:

@@ -12,9 +12,9 @@ __all__ = ["hidden_distance", "soft_cross_entropy"]
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) for each row, both [rows, answers] (Hinton et al. 2015, section 2).
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) for each row; both are [rows, answers].
 
-    The factor T^2 keeps the gradient's size where T changes. Zero for equal rows.
+    (Hinton et al. 2015, section 2.) The factor T^2 keeps the gradient's size where T changes. Zero for equal rows.
     """
     log_student = functional.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = functional.log_softmax(teacher.float() / temperature, dim=-1)

@@ -4,6 +4,7 @@ Public text alone is read. What is chosen is chosen on dev records, or where the
 teacher agree on text that was held out; test records are measured and decide nothing.
 """
 
+import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,17 +14,17 @@ from typing import Any
 from common.config.manifest import LOWER_IS_BETTER
 from common.errors import DistillationError
 from common.records import Record
-from server.assessment.comparison import compare
 from server.assessment.timing import latency, texts_of
-from server.distillation.corpus import Corpus
+from server.distillation.corpus import Corpus, texts_in
 from server.distillation.domain_model import DomainModel
 from server.distillation.exports import Exported, export
 from server.distillation.fresh_tokenizer import train_tokenizer
 from server.distillation.measuring import Measured, agreement, figures_of, predictions_of
-from server.distillation.planning import most_pieces
+from server.distillation.planning import LEAST_PIECES, most_pieces
 from server.distillation.pruning import head_and_column_importance, prune
-from server.distillation.student import from_scratch, keep_layers, shape_for
-from server.distillation.terms import add_terms, find_terms, read_terms
+from server.distillation.student import from_scratch, keep_layers, keep_positions, shape_for
+from server.distillation.term_search import find_terms
+from server.distillation.terms import add_terms, new_terms, read_terms
 from server.distillation.training import distil
 from server.distillation.vocabulary import apply_vocabulary, measure_coverage, trim
 
@@ -33,6 +34,8 @@ STEPS = ("vocabulary", "terms", "student", "train", "export")
 
 # Texts whose latency is taken, one by one.
 TIMED = 40
+# Texts on which importance is measured, and on which exports are compared with their source.
+WEIGHED, SAMPLED = 512, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,8 @@ def _trim(work: _Work) -> None:
     settings = work.student.manifest.distillation
     if settings.vocabulary == "keep":
         return
-    began, texts = time.monotonic(), texts_of(list(work.data.corpus.train))
-    most = most_pieces(work.student, settings.ratio)
+    began, texts = time.monotonic(), texts_in(work.data.corpus.train)
+    most = most_pieces(work.teacher, settings.ratio)
     trimmed = trim(
         work.student.tokenizer,
         texts,
@@ -152,46 +155,133 @@ def _trim(work: _Work) -> None:
         most=most,
         characters="seen",
     )
-    student = apply_vocabulary(work.student, trimmed)
-    found = measure_coverage(work.student.tokenizer, trimmed.tokenizer, texts_of(list(work.data.corpus.held_out)))
-    work.student = student
-    work.facts["vocabulary"] = asdict(found)
-    note = f"{found.pieces} pieces, {found.occurrences:.1%} of held-out occurrences"
+    found = measure_coverage(work.student.tokenizer, trimmed.tokenizer, texts_in(work.data.corpus.held_out))
+    work.student = keep_positions(apply_vocabulary(work.student, trimmed))
+    work.facts["vocabulary"] = {**asdict(found), "coverage": found.occurrences}
+    note = f"{found.pieces:,} pieces, {found.occurrences:.1%} of held-out occurrences"
     work.made.append(f"The vocabulary was counted on public text: {note}.")
-    work.measure("vocabulary", student, began, note)
+    work.measure("vocabulary", work.student, began, note)
 
 
 def _insert_terms(work: _Work) -> None:
-    """Terms go in before training, which teaches them; afterwards they would cost more than they save."""
+    """Terms go in before training, which teaches them; inserted afterwards they cost more than they save."""
     wanted = work.student.manifest.distillation.terms
     if wanted == 0:
         return
-    began, texts = time.monotonic(), texts_of(list(work.data.corpus.train))
-    terms = read_terms(Path(wanted)) if isinstance(wanted, str) else find_terms(
-        texts, work.student.tokenizer, most=wanted
+    began, tokenizer = time.monotonic(), work.student.tokenizer
+    terms = (
+        read_terms(Path(wanted))
+        if isinstance(wanted, str)
+        else find_terms(texts_in(work.data.corpus.train), tokenizer, most=wanted)
     )
-    work.student = add_terms(work.student, terms)
-    note = f"{len(terms)} terms as single tokens"
-    work.made.append(f"{note.capitalize()}, before training.")
+    work.student = add_terms(work.student, new_terms(tokenizer, terms))
+    note = f"{len(work.student.tokenizer) - len(tokenizer):,} terms as single tokens"
+    work.made.append(f"Before training, {note} were added.")
     work.measure("terms", work.student, began, note)
 
 
 def _shrink(work: _Work) -> None:
-    began = time.monotonic()
-    settings = work.student.manifest.distillation
+    began, settings = time.monotonic(), work.student.manifest.distillation
     shape = shape_for(
         work.student,
         settings.ratio,
         of=work.teacher.parameters,
         layers=None if settings.layers == "auto" else settings.layers,
     )
-    shallower = keep_layers(work.student, shape.layers)
-    importance = head_and_column_importance(shallower, texts_of(list(work.data.corpus.train)[:IMPORTANCE_TEXTS]))
-    work.student = prune(shallower, heads=shape.heads, columns=shape.columns, importance=importance)
-    note = f"{len(shape.layers)} layers, {shape.heads} heads, {shape.columns} columns"
-    work.made.append(f"Layers, heads and feed-forward columns were kept by importance: {note}.")
+    shallow = keep_layers(work.student, shape.layers)
+    importance = head_and_column_importance(shallow, work.data.corpus.train[:WEIGHED])
+    work.student = prune(shallow, heads=shape.heads, columns=shape.columns, importance=importance)
+    note = f"{len(shape.layers)} layers of {shape.heads} heads and {shape.columns} columns"
+    work.made.append(f"Of the teacher's layers, heads and feed-forward columns the important ones stayed: {note}.")
     work.measure("student", work.student, began, note)
 
 
 def _fresh_student(work: _Work) -> None:
-    began, texts = time.monotonic(), texts_of(list(work.data.corpus.train))
+    """A tokenizer of the corpus' own, and a small network that knows nothing yet."""
+    began, manifest = time.monotonic(), work.teacher.manifest
+    settings, texts = manifest.distillation, texts_in(work.data.corpus.train)
+    wanted = settings.terms
+    terms: list[str] = []
+    if wanted:
+        terms = (
+            read_terms(Path(wanted))
+            if isinstance(wanted, str)
+            else find_terms(texts, work.teacher.tokenizer, most=wanted)
+        )
+    budget = int(settings.ratio * work.teacher.parameters)
+    pieces = settings.vocabulary if isinstance(settings.vocabulary, int) else LEAST_PIECES
+    tokenizer = train_tokenizer(texts, kind="unigram", pieces=pieces, terms=terms, like=work.teacher.tokenizer)
+    work.student = from_scratch(manifest, tokenizer, parameters=budget)
+    note = f"{len(tokenizer):,} pieces, {len(terms):,} of them whole terms; random weights"
+    work.made.append(f"Tokenizer and network were made afresh: {note}.")
+    work.measure("student", work.student, began, note)
+
+
+def _train(work: _Work) -> None:
+    began, settings = time.monotonic(), work.student.manifest.distillation
+    student = DomainModel(copy.deepcopy(work.student.network), work.student.tokenizer, work.student.manifest)
+    work.student = distil(work.teacher, student, work.data.corpus, settings)
+    note = f"{settings.epochs} passes over {len(work.data.corpus.train):,} texts"
+    known = len(work.data.corpus.labelled)
+    with_labels = f", {known:,} of them with labels" if known else " without labels"
+    work.made.append(f"It learnt from the teacher's softened answers and hidden states in {note}{with_labels}.")
+    work.measure("train", work.student, began, note)
+
+
+def _export(work: _Work, folder: Path, origin: Mapping[str, Any]) -> None:
+    settings = work.student.manifest.distillation
+    began = time.monotonic()
+
+    def measured(done: Exported, model: DomainModel) -> Mapping[str, Any]:
+        nonlocal began
+        note = f"same answer as its source on {done.agreement:.1%} of sample texts"
+        line = work.measure(done.format, model, began, note, size=done.bytes)
+        began = time.monotonic()
+        return _as_fact(line)
+
+    corpus = work.data.corpus
+    facts = {
+        **origin,
+        "corpus": f"Distilled on {len(corpus.train):,} public texts; {len(corpus.held_out):,} more were held out.",
+        "vocabulary": work.facts.get("vocabulary"),
+        "made": work.made,
+        "steps": [_as_fact(line) for line in work.lines],
+    }
+    sample = [text if isinstance(text, str) else " ".join(text) for text in texts_in(corpus.held_out[:SAMPLED])]
+    export(work.student, folder, settings.exports, sample=sample, facts=facts, measure=measured)
+
+
+def _as_fact(line: Measured) -> dict[str, Any]:
+    """A line as the model card tells it; figures are those on the test records, else on dev."""
+    return {
+        "name": line.step,
+        "parameters": line.parameters,
+        "bytes": line.bytes,
+        "figures": line.test or line.dev,
+        "latency_ms": line.latency_ms,
+    }
+
+
+def _judged(work: _Work) -> Distilled:
+    """Whether size and loss are what was wanted, told on dev records or by agreement, and what to do if not."""
+    settings, metric = work.teacher.manifest.distillation, work.teacher.manifest.metrics[0]
+    teacher = work.lines[0]
+    final = next(line for line in reversed(work.lines) if line.parameters is not None)
+    share = work.student.parameters / work.teacher.parameters
+    if teacher.dev:
+        change = final.dev[metric] - teacher.dev[metric]
+        lost = change if metric in LOWER_IS_BETTER else -change
+        told = f"{metric} {teacher.dev[metric]:.3f} to {final.dev[metric]:.3f} on dev records"
+    else:
+        lost = 1 - (final.agreement or 0.0)
+        told = f"the teacher's answer on {final.agreement or 0.0:.1%} of held-out public text"
+    small, good = share <= float(settings.ratio) * (1 + 1e-9), lost <= settings.max_loss
+    words = f"{work.student.parameters:,} parameters, {share:.3f} of the teacher's; {told}"
+    if not small:
+        words += f". The size {settings.size} was not reached: the step 'student' was left out"
+    if not good:
+        words += (
+            f". It loses {lost:.3f} where distillation.max_loss allows {settings.max_loss:g}: give more public text,"
+            " more distillation.epochs or a larger distillation.size"
+        )
+    return Distilled(steps=tuple(work.lines), verdict=words + ".", met=small and good)

@@ -82,7 +82,9 @@ def prune(model: DomainModel, *, heads: int, columns: int, importance: Importanc
     for layer, part in enumerate(parts):
         for what, wanted, there in (("heads", heads, part.groups), ("columns", columns, part.columns)):
             if not 1 <= wanted <= there:
-                raise DistillationError(f"layer {layer} has {there} {what}; from 1 to {there} can be kept, not {wanted}")
+                raise DistillationError(
+                    f"layer {layer} has {there} {what}; from 1 to {there} can be kept, not {wanted}"
+                )
         _keep_groups(part, _best(importance.heads[layer], heads))
         _keep_columns(part, _best(importance.columns[layer], columns))
     _tell_config(network, heads, columns)

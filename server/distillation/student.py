@@ -104,18 +104,17 @@ def shape_for(model: DomainModel, ratio: Fraction, *, of: int, layers: int | Non
     if layers is not None:
         choose_layers(most, layers)
     counts = [layers] if layers is not None else range(most, 0, -1)
-    smallest = None
+    smallest = model.parameters
     for count in counts:
         kept = choose_layers(most, count)
         costs = _Costs.of(model, kept)
         smallest = costs.parameters(1, STEP)
         if (shape := _balanced(costs, kept, budget)) is not None:
             return shape
-    assert smallest is not None
     raise DistillationError(
         f"distillation.size: {ratio} of the teacher's {of:,} parameters are {budget:,}, but embeddings and the smallest"
-        f" layers take {smallest:,}; at least 1/{max(1, of // smallest)} can be met; for less set distillation.vocabulary"
-        " to fewer pieces"
+        f" layers take {smallest:,}; at least 1/{max(1, of // smallest)} can be met; for less set"
+        " distillation.vocabulary to fewer pieces"
     )
 
 
@@ -217,4 +216,4 @@ def _scratch_network(manifest: Manifest, config: Any) -> nn.Module:
             return PooledClassifier(BertModel(config, add_pooling_layer=False), "mean", len(manifest.task.labels))
         case "token-classification":
             return cast(nn.Module, AutoModelForTokenClassification.from_config(config))
-    return LlamaForCausalLM(config)
+    return cast(nn.Module, LlamaForCausalLM(config))

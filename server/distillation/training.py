@@ -197,9 +197,7 @@ def _fitted(state: Tensor, width: int) -> Tensor:
     return torch.cat([state, missing], dim=1)
 
 
-def _mapped_blocks(
-    teacher: nn.Module, student: nn.Module
-) -> tuple[Sequence[nn.Module], Sequence[nn.Module]] | None:
+def _mapped_blocks(teacher: nn.Module, student: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]] | None:
     """The teacher's block for each of the student's, evenly; None where their widths differ."""
     theirs, ours = blocks_of(teacher), blocks_of(student)
     widths = {int(config_of(network).hidden_size) for network in (teacher, student)}
