@@ -14,7 +14,7 @@ from typing import Any
 from common.config.manifest import LOWER_IS_BETTER
 from common.errors import DistillationError
 from common.records import Record
-from server.assessment.timing import latency, texts_of
+from server.assessment.timing import latency, one_thread, texts_of
 from server.distillation.corpus import Corpus, texts_in
 from server.distillation.domain_model import DomainModel
 from server.distillation.exports import Exported, export
@@ -248,7 +248,8 @@ def _export(work: _Work, folder: Path, origin: Mapping[str, Any]) -> None:
         "steps": [_as_fact(line) for line in work.lines],
     }
     sample = [text if isinstance(text, str) else " ".join(text) for text in texts_in(corpus.held_out[:SAMPLED])]
-    export(work.student, folder, settings.exports, sample=sample, facts=facts, measure=measured)
+    with one_thread():  # as latency is taken; an ONNX session keeps the threads that it was opened with
+        export(work.student, folder, settings.exports, sample=sample, facts=facts, measure=measured)
 
 
 def _as_fact(line: Measured) -> dict[str, Any]:
