@@ -238,6 +238,43 @@ def check(manifest: ManifestPath, data: DataFolder = None, overrides: Overrides 
 
 
 @app.command()
+def distill(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder, or a model's.")],
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Public text of the domain, labels not needed. Repeatable."),
+    ] = None,
+    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="Labelled records that choices are made on.")] = None,
+    test: Annotated[Path | None, typer.Option(metavar="FILE", help="Labelled records to measure steps on.")] = None,
+    data: DataFolder = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the run's base model lies.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: RUN/compact.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP", help="Take this step alone: vocabulary, terms, student or train. Repeatable."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a compact model of a run from public text, and measure every step."""
+    from simulations.distill import distill as work
+
+    work(
+        run,
+        out,
+        corpus=corpus or (),
+        dev=dev,
+        test=test,
+        data=data,
+        base=base,
+        only=only or (),
+        overrides=overrides or (),
+        console=Console(),
+        as_json=as_json,
+    )
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation, dp-step or secure-sum.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

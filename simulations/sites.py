@@ -22,7 +22,16 @@ from common.extensions import load
 from common.records import Record, TextRecord, TokensRecord
 from simulations.partitioners import deal, partition
 
-__all__ = ["POOLED", "FederationData", "label_counts", "lay_out", "populations", "read_federation", "simulation_of"]
+__all__ = [
+    "POOLED",
+    "FederationData",
+    "label_counts",
+    "lay_out",
+    "populations",
+    "read_federation",
+    "read_split",
+    "simulation_of",
+]
 
 # The pretend site of the centralised baseline, which holds all records; no site can be named so.
 POOLED = "pooled records of all sites"
@@ -106,6 +115,11 @@ def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationDa
         if not records:
             raise DataError(f"site {site!r} has no training records; use fewer sites or another partitioner")
     return FederationData(owned, held_out, test, cleaning, public)
+
+
+def read_split(manifest: Manifest, split: str, folders: Sequence[Path]) -> list[Record]:
+    """The records that a simulation's own source gives for a split, such as public text to distil on."""
+    return _records(manifest, None, split, folders)[0]
 
 
 def _records(

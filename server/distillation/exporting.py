@@ -3,18 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from peft import PeftModel
+from typing import Any
 
 from common.errors import DistillationError
-from server.assessment.opening import open_model
 from server.distillation.domain_model import FACTS, DomainModel
 from server.distillation.exports import Exported, export
 from server.distillation.federation_facts import federation_facts
+from server.distillation.teacher import load_teacher
 
-__all__ = ["export_path", "merged"]
+__all__ = ["export_path"]
 
 
 def export_path(
@@ -36,7 +33,7 @@ def export_path(
         AssessmentError, AdapterError, ModelError: `path` is no model, or cannot be opened.
     """
     sample = _lines(texts) if texts is not None else []
-    model = merged(open_model(path, base=base))
+    model = load_teacher(path, base=base)
     is_run = (path / "federation.toml").is_file() or (path / "adapter_model.safetensors").is_file()
     facts = _facts(path, model)
     if license_name is not None:
@@ -51,26 +48,6 @@ def export_path(
         facts=facts,
         on_format=on_format,
     )
-
-
-def merged(model: DomainModel) -> DomainModel:
-    """The model without PEFT's layers: low-rank changes, those of a stack too, are added to the weights they belong to.
-
-    The network of `model` is used up.
-    """
-    if not isinstance(model.network, PeftModel):
-        return model
-    with torch.no_grad():
-        for layer in model.network.modules():
-            # Pairs below the newest one compute in a hook (`common/adapters.py`), of which PEFT knows nothing.
-            below = getattr(layer, "pairs_below", None)
-            if below is not None:
-                a, b = below
-                change = b @ a * cast(Any, layer).scaling["default"]
-                weight = cast(Any, layer).get_base_layer().weight
-                weight += change.T if cast(Any, layer).fan_in_fan_out else change
-    network = cast(Any, model.network).merge_and_unload()
-    return DomainModel(network.eval(), model.tokenizer, model.manifest)
 
 
 def _facts(path: Path, model: DomainModel) -> dict[str, Any]:

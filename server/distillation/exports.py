@@ -86,6 +86,7 @@ def export(
     base: Path | None = None,
     facts: Mapping[str, Any] | None = None,
     on_format: Callable[[str], None] | None = None,
+    measure: Callable[[Exported, DomainModel], Mapping[str, Any]] | None = None,
 ) -> list[Exported]:
     """Write `model` to a new `folder` in each of `formats`; the folder appears only when all were compared.
 
@@ -98,6 +99,7 @@ def export(
         base: where that run's base lies, if not where its manifest says.
         facts: what the model card tells (`model_card.py` says which keys); stored in coadapt.json.
         on_format: called with each format before it is written.
+        measure: called with each export and the model read back from it; what it gives joins the facts' steps.
 
     Raises:
         DistillationError: the folder exists, a format does not fit the task, a package is missing, or an export is
@@ -107,6 +109,7 @@ def export(
     _check(model, folder, wanted, run)
     texts = list(sample) or sample_of(model.tokenizer)
     done: list[Exported] = []
+    steps = list((facts or {}).get("steps", []))
     with new_folder(folder) as part:
         _put_model(part, model, facts or {})
         for name in sorted(wanted, key=FORMATS.index):
@@ -115,16 +118,21 @@ def export(
             place = part / FILES[name]
             _write(name, part, model, run)
             _seal(part, {})
-            found = _compared(name, model, _opened(name, place, base), texts)
+            opened = _opened(name, place, base)
+            found = _compared(name, model, opened, texts)
             if name in _PRECISIONS:
                 compare_vocabulary(model, place, texts)
             done.append(Exported(name, folder / FILES[name], _bytes(place), found.mean, found.agreement))
+            if measure is not None:
+                steps.append(dict(measure(done[-1], opened)))
         if "onnx" not in wanted:
             (part / FILES["onnx"]).unlink(missing_ok=True)
         if "safetensors" not in wanted:
             for name in ("model.safetensors", "head.safetensors"):
                 (part / name).unlink(missing_ok=True)
-        written = _seal(part, {"parameters": model.parameters, "exports": [_as_fact(item) for item in done]})
+        written = _seal(
+            part, {"parameters": model.parameters, "steps": steps, "exports": [_as_fact(item) for item in done]}
+        )
         write_text(part / "README.md", model_card(model, written))
     return done
 
