@@ -285,9 +285,7 @@ def bench(
     values: Annotated[
         list[int] | None, typer.Option(min=1, help="Length of the vector in secure-sum; may be given more than once.")
     ] = None,
-    repetitions: Annotated[
-        int | None, typer.Option(min=1, help="Turns of dp-step and secure-sum, of which medians are taken.")
-    ] = None,
+    repetitions: Annotated[int | None, typer.Option(min=1, help="Turns, of which medians are taken.")] = None,
 ) -> None:
     """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
     from simulations.benchmarks.bench import print_bench

@@ -10,7 +10,7 @@ import torch
 from common.errors import RunError
 from simulations.benchmarks.dp_step import measure_dp_step
 from simulations.benchmarks.secure_sum import SITES, VALUES, measure_secure_sum
-from simulations.benchmarks.simulation import measure_simulation
+from simulations.benchmarks.simulation import REPETITIONS, measure_simulation
 
 __all__ = ["print_bench"]
 
@@ -44,7 +44,9 @@ def print_bench(
     else:
         if len(sites) > 1:
             raise RunError(f"the simulation is measured with one number of sites, not {len(sites)}; give --sites once")
-        figures = measure_simulation(sites=sites[0] if sites else SIMULATED_SITES, rounds=rounds)
+        figures = measure_simulation(
+            sites=sites[0] if sites else SIMULATED_SITES, rounds=rounds, repetitions=repetitions or REPETITIONS
+        )
     machine = {
         "cores": os.cpu_count(),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
