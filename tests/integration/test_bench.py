@@ -52,7 +52,7 @@ def test_an_unknown_bench_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run([str(coadapt), "bench", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert done.stderr == "error: no benchmark 'nothing'; there is dp-step, secure-sum, simulation\n"
+    assert done.stderr == "error: no benchmark 'nothing'; there is dp-step, round-latency, secure-sum, simulation\n"
 
 
 def test_the_secure_sum_bench_prints_one_object() -> None:
