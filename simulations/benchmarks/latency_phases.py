@@ -81,8 +81,8 @@ def round_seconds(events: Sequence[Event], number: int) -> float:
 
 def round_parts(events: Sequence[Event], number: int, marks: Marks) -> dict[str, float]:
     """Seconds of each part of a round: `between_stages`, `stage_NAME`, `opening`, `storing`, which add up to it, and
-    `leg_NAME` over all stages, which add up to those. A stage whose marks are not one for each site, since a message was
-    sent again or a site polled, counts whole as `leg_asked_again`.
+    `leg_NAME` over all stages, which add up to those. A stage whose marks are not one for each site, since a message
+    was sent again or a site polled, counts whole as `leg_asked_again`.
 
     Raises:
         RunError: the round did not end, or had no stages.

@@ -1,15 +1,16 @@
 """The wall time of a round in which nothing is trained: Coadapt's federation beside Flower as it comes, in turn.
 
-Three sites on loopback with TLS and node authentication, all as real processes. Ours are those of a deployment: SuperLink,
-gate and the coordinator's app, and at each site relay and vault, which go through the five stages of a secure sum.
-Flower's are `flower-superlink` and `flower-supernode` as installed, and an app that sends four messages a round to
-clients that import torch and answer at once. Turns alternate A B A B; only one side's processes run at a time. The first
-round of a turn is not counted on either side: nodes are met and apps fetched in it.
+Three sites on loopback with TLS and node authentication, all as real processes. Ours are those of a deployment:
+SuperLink, gate and the coordinator's app, and at each site relay and vault, which go through the five stages of a
+secure sum. Flower's are `flower-superlink` and `flower-supernode` as installed, and an app that sends four messages a
+round to clients that import torch and answer at once. Turns alternate A B A B; only one side's processes run at a time.
+The first round of a turn is not counted on either side: nodes are met and apps fetched in it.
 
 An empty training step is the least that a manifest can ask for: one step on one record of 16 tokens, with a tiny base.
 It goes on in the background while keys are exchanged.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -55,7 +56,7 @@ def measure_round_latency(*, rounds: int, turns: int) -> dict[str, float]:
             load.append(os.getloadavg()[0])
             with flower.running():
                 found = flower.run(rounds + 1, values)
-            stock.append([[end - start for start, end in zip(times, times[1:], strict=False)] for times in found[1:]])
+            stock.append([[end - start for start, end in itertools.pairwise(times)] for times in found[1:]])
     return _figures(ours, stock, parts) | {"load_average": round(statistics.fmean(load), 2)}
 
 
