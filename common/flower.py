@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from common.errors import MessageError
 
 __all__ = [
+    "SMALL_BYTES",
     "UNREADABLE",
     "ClientApp",
     "ConfigRecord",
