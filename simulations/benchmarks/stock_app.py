@@ -23,7 +23,7 @@ server = ServerApp()
 
 def arrays(values: int) -> ArrayRecord:
     """So many float32 of noise: equal bytes would be sent once."""
-    return ArrayRecord({"vector": torch.rand(values)})  # type: ignore[arg-type]
+    return ArrayRecord({"vector": torch.rand(values)})
 
 
 @client.train()
