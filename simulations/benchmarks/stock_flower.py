@@ -6,6 +6,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,7 @@ class StockFlower:
                 *("--database", folder / "state.db", "--host", LOOPBACK, "--port", self._address.split(":")[1]),
                 "--disable-runtime-dependency-installation",  # nothing can be installed here, and nothing need be
             )
+            self._wait_until_open()
             self._register()
             for number, node in enumerate(self._nodes):
                 self._start(
@@ -122,18 +124,22 @@ class StockFlower:
         found: list[list[float]] = json.loads(into.read_bytes())
         return found
 
-    def _register(self) -> None:
-        """Let the nodes in, once the SuperLink answers; it keeps them in its database."""
+    def _wait_until_open(self) -> None:
+        host, _, port = self._address.partition(":")
         deadline = time.monotonic() + COMMAND_SECONDS
+        while True:
+            try:
+                socket.create_connection((host, int(port)), timeout=2).close()
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RunError(f"Flower's SuperLink does not come up: {self._log('superlink')}") from error
+                time.sleep(0.5)
+
+    def _register(self) -> None:
+        """Let the nodes in, once; the SuperLink keeps them in its database."""
         for node in () if self._registered else self._nodes:
-            while True:
-                try:
-                    self._flwr("supernode", "register", str(node.folder / "node.pub"), "stock")
-                    break
-                except RunError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(1)
+            self._flwr("supernode", "register", str(node.folder / "node.pub"), "stock")
         self._registered = True
 
     def _flwr(self, *words: str) -> None:
@@ -147,7 +153,8 @@ class StockFlower:
             check=False,
         )
         if done.returncode:
-            raise RunError(f"`flwr {' '.join(words)}` failed: {done.stdout[-500:]} {done.stderr[-500:]}")
+            said = " ".join((done.stdout + done.stderr).split())
+            raise RunError(f"`flwr {' '.join(words)}` failed: {said[-500:]}")
 
     def _start(self, name: str, command: str, *words: object) -> None:
         with (self._folder / f"{name}.log").open("ab") as log:
