@@ -1,6 +1,7 @@
 """Whether the coordinator's gate can be reached, with the certificate that was agreed on and a clock that agrees."""
 
 import base64
+import contextlib
 import email.utils
 import http.client
 import os
@@ -35,15 +36,15 @@ def reach(address: str, authority: Path) -> Iterator[Finding]:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.load_verify_locations(cadata=pem.decode("ascii"))
         connection, way = _connection(host, port, context)
-        before = time.time()
-        connection.connect()
-        leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
-        yield Finding("ok", "network", f"{address} answers{way}, and its certificate is the agreed authority's")
-        level, text = expiry(ssl.DER_cert_to_PEM_cert(leaf).encode())
-        yield Finding(level, "certificate", f"the gate's {text}")
-        connection.request("HEAD", "/")
-        yield from _clock(connection.getresponse().headers.get("Date"), before)
-        connection.close()
+        with contextlib.closing(connection):
+            before = time.time()
+            connection.connect()
+            leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
+            yield Finding("ok", "network", f"{address} answers{way}, and its certificate is the agreed authority's")
+            level, text = expiry(ssl.DER_cert_to_PEM_cert(leaf).encode())
+            yield Finding(level, "certificate", f"the gate's {text}")
+            connection.request("HEAD", "/")
+            yield from _clock(connection.getresponse().headers.get("Date"), before)
     except ssl.SSLCertVerificationError as error:
         yield Finding(
             "problem", "network", f"{address} shows a certificate that was not agreed on: {error.verify_message}"

@@ -83,7 +83,7 @@ def _environment(home: CoordinatorHome) -> dict[str, str]:
 
 
 def _direct() -> dict[str, str]:
-    """NO_PROXY with the loopback in it: where HTTPS_PROXY is set, Flower's own calls here must not leave the machine."""
+    """NO_PROXY with the loopback in it: where HTTPS_PROXY is set, Flower's own calls here must stay here."""
     names = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""), LOOPBACK, "localhost"]
     value = ",".join(name for name in names if name)
     return {"NO_PROXY": value, "no_proxy": value}

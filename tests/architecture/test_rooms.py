@@ -144,15 +144,15 @@ QUICK_COMMANDS = (
     "site stop",
     "site start",
     "site service",
-    "coordinator init --address gate.example:9092",
-    "coordinator admit quick.enrolment.json --yes",
-    "coordinator roster none.toml",
-    "coordinator consent none.json",
-    "coordinator status",
-    "coordinator service --into others",
-    "coordinator renew",
-    "coordinator revoke quick --yes",
-    "coordinator stop",
+    "coordinator init --address gate.example:9092 --home c",
+    "coordinator admit quick.enrolment.json --yes --home c",
+    "coordinator roster none.toml --home c",
+    "coordinator consent none.json --home c",
+    "coordinator status --home c",
+    "coordinator service --into others --home c",
+    "coordinator renew --home c",
+    "coordinator revoke quick --yes --home c",
+    "coordinator stop --home c",
 )
 
 
@@ -176,7 +176,7 @@ print("none")
     )
     assert (found.stdout.strip(), found.returncode) == ("none", 0), found.stderr
     assert (tmp_path / "services" / "coadapt-vault.service").exists()  # they did run
-    assert (tmp_path / "revoked").exists()
+    assert [path.name for path in (tmp_path / "c" / "revoked").iterdir()] == ["quick.json"]
 
 
 # The classes that make a generator from a seed are no hidden state; `seeded` in common/randomness.py is their one user.
