@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from simulations.commands import app
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).resolve().parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
 
 # A command and the options that it was given. Where a person stands in the folder, or is asked, a test gives these.
 Shape = tuple[str, frozenset[str]]
@@ -39,15 +39,34 @@ def shape(line: str) -> Shape:
     Raises:
         click.UsageError: there is no such command or option.
     """
+    context = _parsed(line, whole=False)
+    known = {option for parameter in context.command.params for option in parameter.opts}
+    for word in shlex.split(line):
+        if word.startswith("-") and word.partition("=")[0] not in known:
+            raise click.UsageError(f"{line}: there is no option {word}")
+    return _shape(context)
+
+
+def required(line: str) -> None:
+    """Refuse a line whose arguments are not all there.
+
+    Raises:
+        click.UsageError: one is missing, or one too many.
+    """
+    _parsed(line, whole=True)
+
+
+def _parsed(line: str, *, whole: bool) -> click.Context:
     command, words = get_command(app), shlex.split(line)[1:]
-    context = click.Context(command, info_name="coadapt", resilient_parsing=True)
+    context = click.Context(command, info_name="coadapt", resilient_parsing=not whole)
     while isinstance(command, click.Group):
         name, found, words = command.resolve_command(context, words)
-        assert found is not None
+        if found is None:
+            raise click.UsageError(f"{line}: there is no such command")
         command = found
-        context = click.Context(command, info_name=name, parent=context, resilient_parsing=True)
+        context = click.Context(command, info_name=name, parent=context, resilient_parsing=not whole)
     command.parse_args(context, words)
-    return _shape(context)
+    return context
 
 
 def _shape(context: click.Context) -> Shape:
