@@ -69,10 +69,17 @@ class Framer:
             elif self._private is not None:
                 kept += _keep(self._private, line)
             else:
-                cut = {"cut": True} if len(text) > MOST_TEXT else {}
-                yield json_line(self._process, "output", text=text[:MOST_TEXT], **cut)
+                shown = _shortened(text)
+                cut = {"cut": True} if shown != text else {}
+                yield json_line(self._process, "output", text=shown, **cut)
         if kept:
             yield json_line(self._process, "output", lines=kept, kept_in=str(self._private))
+
+
+def _shortened(text: str) -> str:
+    """The text, or its beginning, in at most MOST_TEXT bytes of JSON, where a letter takes up to twelve."""
+    shown = text[:MOST_TEXT]
+    return shown if len(json.dumps(shown)) <= MOST_TEXT + 2 else shown[: MOST_TEXT // 12]
 
 
 def _is_ours(text: str) -> bool:

@@ -94,6 +94,15 @@ def test_the_supervisor_and_its_programs_log_json(tmp_path: Path) -> None:
         assert stop(folder)
 
 
+@pytest.mark.parametrize("text", ["a" * 9000, "\U0001f600" * 9000, "\x00" * 9000, '"' * 1499])
+def test_a_line_is_short_enough_for_syslog(text: str) -> None:
+    (line,) = Framer("one").feed(text.encode() + b"\n")
+    assert len(line.encode()) < 2048
+    found = json.loads(line)
+    assert text.startswith(found["text"])
+    assert found["cut"]
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"time": 1}', "null"])
 def test_what_only_looks_like_a_line_is_framed(text: str) -> None:
     (line,) = Framer("one").feed(text.encode() + b"\n")
