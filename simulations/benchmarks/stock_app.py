@@ -5,11 +5,12 @@ clients and the third brings arrays of the same size back, as a protocol that ma
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -23,7 +24,8 @@ server = ServerApp()
 
 def arrays(values: int) -> ArrayRecord:
     """So many float32 of noise: equal bytes would be sent once."""
-    return ArrayRecord({"vector": torch.rand(values)})
+    noise = np.frombuffer(os.urandom(4 * values), dtype=np.uint32).astype(np.float32)
+    return ArrayRecord({"vector": Array(noise)})
 
 
 @client.train()
