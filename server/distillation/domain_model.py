@@ -34,7 +34,7 @@ from common.errors import DistillationError
 from common.models import PooledClassifier, Pooling
 from common.tasks.task import Task, make_task
 
-__all__ = ["DomainModel", "load_model", "save_model"]
+__all__ = ["DomainModel", "load_model", "save_model", "stored_facts"]
 
 FACTS = "coadapt.json"
 _CLASSES: dict[str, Any] = {
@@ -106,6 +106,8 @@ def load_model(folder: Path) -> DomainModel:
             " `coadapt distill` or `coadapt export` wrote"
         ) from error
     for name, digest in digests.items():
+        if name.endswith((".onnx", ".gguf")):  # whole models of their own, which may be left behind
+            continue
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise DistillationError(f"{folder / name} was changed or is gone since the model was stored; restore it")
     try:
@@ -120,6 +122,11 @@ def load_model(folder: Path) -> DomainModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DistillationError(f"{folder} holds a model that cannot be loaded: {type(error).__name__}") from error
     return DomainModel(network.eval(), tokenizer, manifest)
+
+
+def stored_facts(folder: Path) -> dict[str, Any]:
+    """The facts that `save_model` stored with a model that `load_model` reads."""
+    return dict(json.loads((folder / FACTS).read_text(encoding="utf-8"))["facts"])
 
 
 def _network(config: Any, manifest: Manifest, pooling: Pooling | None) -> nn.Module:
