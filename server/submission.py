@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from common.durable import write_text
 from common.errors import RunError, ServiceError
 from common.progress import Event, RunStarted, RunStopped, read_events
+from common.release import RUN_ID
 from server.field_summary import FieldSummary
 from server.home import CoordinatorHome
 from server.run_store import is_used
@@ -26,9 +27,6 @@ _LOOK_SECONDS = 0.5
 _READY_SECONDS = 30.0
 _START_SECONDS = 60.0
 _ENDING_SECONDS = 10.0
-# What an order may carry (`common/frames.py`).
-_MOST_RUN_ID = 100
-_RUN_ID = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_MOST_RUN_ID - 1}}}"
 _SUBMISSION = "submission.json"  # Flower's number of the run's newest app
 
 
@@ -38,10 +36,10 @@ def require_run_id(name: str) -> str:
     Raises:
         RunError: it is none.
     """
-    if not re.fullmatch(_RUN_ID, name):
+    if not re.fullmatch(RUN_ID.removeprefix("^").removesuffix("$"), name):
         raise RunError(
-            f"a run's name is 1 to {_MOST_RUN_ID} letters, digits, '.', '_' or '-', of which the first is a letter or a"
-            f" digit; found {name[:200]!r}"
+            "a run's name is 1 to 100 letters, digits, '.', '_' or '-', of which the first is a letter or a digit;"
+            f" found {name[:200]!r}"
         )
     return name
 

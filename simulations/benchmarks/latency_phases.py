@@ -49,13 +49,16 @@ def gate_marks(path: Path) -> Marks:
         if not line.startswith('{"time"'):
             continue
         facts = json.loads(line)
+        if facts["event"] != "request":
+            continue
+        moment = datetime.fromisoformat(facts["time"]).timestamp()
         match facts["path"].rsplit("/", 1)[-1]:
             case "pull-messages" if facts["bytes_out"] > EMPTY_BYTES:
-                taken.append(facts["time"])
+                taken.append(moment)
             case "confirm-message-received":
-                fetched.append(facts["time"])
+                fetched.append(moment)
             case "push-messages":
-                brought.append(facts["time"] - facts["seconds"])
+                brought.append(moment - facts["seconds"])
     return Marks(taken=taken, fetched=fetched, brought=brought)
 
 

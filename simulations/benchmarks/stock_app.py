@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -25,7 +26,7 @@ server = ServerApp()
 def arrays(values: int) -> ArrayRecord:
     """So many float32 of noise: equal bytes would be sent once."""
     noise = np.frombuffer(os.urandom(4 * values), dtype=np.uint32).astype(np.float32)
-    return ArrayRecord({"vector": Array(noise)})
+    return ArrayRecord({"vector": torch.from_numpy(noise)})
 
 
 @client.train()
