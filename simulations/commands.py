@@ -14,6 +14,7 @@ from rich.console import Console
 from client.commands import site
 from common.errors import CoadaptError, ManifestError, RunError
 from server.commands import coordinator
+from server.distillation.vocabulary_commands import vocabulary
 
 __all__ = ["app", "main"]
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(site, name="site")
 app.add_typer(coordinator, name="coordinator")
+app.add_typer(vocabulary, name="vocabulary")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]

@@ -34,7 +34,7 @@ from common.errors import DistillationError
 from common.models import PooledClassifier, Pooling
 from common.tasks.task import Task, make_task
 
-__all__ = ["DomainModel", "load_model", "save_model"]
+__all__ = ["DomainModel", "load_model", "save_model", "stored_facts"]
 
 FACTS = "coadapt.json"
 _CLASSES: dict[str, Any] = {
@@ -120,6 +120,11 @@ def load_model(folder: Path) -> DomainModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DistillationError(f"{folder} holds a model that cannot be loaded: {type(error).__name__}") from error
     return DomainModel(network.eval(), tokenizer, manifest)
+
+
+def stored_facts(folder: Path) -> dict[str, Any]:
+    """The facts that `save_model` stored with a model that `load_model` reads."""
+    return dict(json.loads((folder / FACTS).read_text(encoding="utf-8"))["facts"])
 
 
 def _network(config: Any, manifest: Manifest, pooling: Pooling | None) -> nn.Module:
