@@ -24,7 +24,7 @@ from common.randomness import seed_dropout
 from server.distillation.blocks import Parts, Shape, block_list, config_of, parts_of, shape_of
 from server.distillation.domain_model import DomainModel
 
-__all__ = ["Shape", "choose_layers", "from_scratch", "keep_layers", "parameters_of", "shape_for"]
+__all__ = ["Shape", "choose_layers", "cut_positions", "from_scratch", "keep_layers", "parameters_of", "shape_for"]
 
 # Columns come in multiples of this, which matrix units like.
 _STEP = 8
@@ -67,6 +67,28 @@ def keep_layers(model: DomainModel, layers: Sequence[int]) -> DomainModel:
     config.num_hidden_layers = len(chosen)
     if kinds is not None:
         config.layer_types = [kinds[layer] for layer in layers]
+    return DomainModel(network, model.tokenizer, model.manifest)
+
+
+def cut_positions(model: DomainModel, longest: int | None = None) -> DomainModel:
+    """A copy whose table of positions ends at `longest` tokens, by default data.max_length, where texts are cut.
+
+    Networks without such a table (rotary positions) come back as they are.
+    """
+    network = copy.deepcopy(model.network)
+    for name, table in network.named_modules():
+        if not name.endswith("position_embeddings") or not isinstance(table, nn.Embedding):
+            continue
+        before = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's first places hold no token
+        rows = before + (longest or model.manifest.data.max_length)
+        if rows >= table.num_embeddings:
+            continue
+        around = cast(Any, network.get_submodule(name.rpartition(".")[0]))
+        table.weight = nn.Parameter(table.weight.detach()[:rows].clone())
+        table.num_embeddings = config_of(network).max_position_embeddings = rows
+        for buffer in ("position_ids", "token_type_ids"):
+            if hasattr(around, buffer):
+                setattr(around, buffer, getattr(around, buffer)[:, :rows].clone())
     return DomainModel(network, model.tokenizer, model.manifest)
 
 
@@ -114,8 +136,8 @@ def shape_for(
     smallest = parameters_of(model, Shape(layers or 1, 1, min(_STEP, full.columns)))
     whole = model.parameters if of is None else of
     raise DistillationError(
-        f"size: {ratio} of {whole:,} parameters are {budget:,}, and what lies outside the layers and one narrow layer"
-        f" take {smallest:,}; {smallest / whole:.3f} of it or more can be met, or less with fewer pieces in the vocabulary"
+        f"size: {ratio} of {whole:,} parameters are {budget:,}, and what lies outside the layers with one narrow layer"
+        f" takes {smallest:,}; {smallest / whole:.3f} or more can be met, or less with fewer pieces in the vocabulary"
     )
 
 
