@@ -81,6 +81,8 @@ def _privacy(manifest: Manifest, policy: SitePolicy) -> Iterator[str]:
 
 def _crowd(manifest: Manifest, policy: SitePolicy, sites: int | None) -> Iterator[str]:
     own, asked = policy.secure_sum, manifest.secure_sum
+    if asked.unsafe_two_sites:  # each of two would learn the other's change; no policy can allow it
+        yield "secure_sum.unsafe_two_sites: asked true, allowed false; two sites sum in simulations alone"
     if not asked.enabled:
         if not own.unsafe_unmasked:
             yield f"secure_sum.enabled: asked false, allowed sums over {own.min_sites} sites or more"

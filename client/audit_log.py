@@ -1,11 +1,15 @@
 """The audit log: every order that reached the vault, and whether it was answered or refused and why. Append-only.
 
+What was fetched of finished runs stands in it too.
+
 A line is a JSON object; `before` is the SHA-256 of the line before it, so a line that is changed or taken out shows.
 What does not show is a log that lost its last lines: send a copy elsewhere, such as to syslog. No text
 of a record, message or error is ever in it: kinds, numbers, digests and fixed words alone, and reasons that a policy
 made of settings and numbers.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import threading
@@ -44,14 +48,15 @@ class AuditLine(BaseModel):
 
 @dataclass(frozen=True)
 class _End:
-    """The end of the log: how many lines there are, and the digest of the last."""
+    """The end of the log: how many lines there are, the digest of the last, and the bytes of all."""
 
     number: int = 0
     digest: str = ""
+    size: int = 0
 
 
 class AuditLog:
-    """The log at a path, opened for appending. One process writes.
+    """The log at a path, opened for appending. Several processes may write: the vault, and a command beside it.
 
     A last line that a power cut tore is cut off, and a note says so. `add` returns when the line is on the disk.
 
@@ -63,11 +68,10 @@ class AuditLog:
         self._path, self._lock = path, threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            torn = _cut(path)
-            self._end = _End()
-            for line, digest in _lines(path):
-                self._end = _End(line.number, digest)
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with self._alone():
+                torn = _cut(path)
+                self._end = _end(path)
         except OSError as error:
             raise RunError(f"the audit log {path} cannot be opened: {error.strerror}") from error
         if torn:
@@ -90,7 +94,8 @@ class AuditLog:
         Raises:
             RunError: it cannot be written.
         """
-        with self._lock:
+        with self._lock, self._alone():
+            self._catch_up()
             line = AuditLine(
                 number=self._end.number + 1,
                 time=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -115,7 +120,28 @@ class AuditLog:
                 raise RunError(f"the audit log {self._path} cannot be written: {error.strerror}") from error
             if not whole:
                 raise RunError(f"the audit log {self._path} cannot be written: the disk is full")
-            self._end = _End(line.number, _digest(data))
+            self._end = _End(line.number, _digest(data), before + len(data))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from writing."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise RunError(f"the audit log {self._path} cannot be locked: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _catch_up(self) -> None:
+        """Read the lines that another process added; half of one that it died at is cut off."""
+        try:
+            if os.fstat(self._file).st_size != self._end.size:
+                _cut(self._path)
+                self._end = _end(self._path, self._end)
+        except OSError as error:
+            raise RunError(f"the audit log {self._path} cannot be read: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -135,13 +161,23 @@ def read_audit(path: Path) -> Iterator[AuditLine]:
         raise RunError(f"the audit log {path} cannot be read: {error.strerror}") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[AuditLine, str]]:
-    """Each whole line and its digest, the chain verified."""
+def _end(path: Path, known: _End | None = None) -> _End:
+    """The end of the log, from a known line on; every line after it is verified."""
+    end = known or _End()
+    for line, digest in _lines(path, end):
+        end = _End(line.number, digest)
+    return _End(end.number, end.digest, path.stat().st_size)
+
+
+def _lines(path: Path, known: _End | None = None) -> Iterator[tuple[AuditLine, str]]:
+    """Each whole line after the known ones and its digest, the chain verified."""
     if not path.exists():
         return
-    before = ""
+    known = known or _End()
+    before = known.digest
     with path.open("rb") as file:
-        for place, data in enumerate(file, start=1):
+        file.seek(known.size)
+        for place, data in enumerate(file, start=known.number + 1):
             if not data.endswith(b"\n"):
                 return
             try:

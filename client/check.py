@@ -99,7 +99,6 @@ def _agreement(home: SiteHome, manifest: Manifest) -> Iterator[Finding]:
         signed,
         own_key=home.identity().public,
         pinned=bytes.fromhex(agreement.roster_sha256),
-        unsafe_two_sites=manifest.secure_sum.unsafe_two_sites,
     )
     if manifest.digest() != agreement.manifest_sha256:
         yield Finding(

@@ -209,6 +209,20 @@ def log(
 
 
 @site.command()
+def fetch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name, as the coordinator tells it.")],
+    home: Home = HERE,
+) -> None:
+    """Bring a finished run's adapter, and its compact model where there is one, verified, into fetched/RUN."""
+    from client.fetching import fetch as bring
+    from client.home import SiteHome
+
+    for part in bring(SiteHome(home), run):
+        what = f"fetched, {part.size} bytes" if part.brought else "here already, and as the coordinator signed it"
+        _say(f"{part.part}: {part.folder} ({what})")
+
+
+@site.command()
 def service(home: Home = HERE, into: Into = Path("services")) -> None:
     """Write systemd units for two users, and container files."""
     from client.home import SiteHome

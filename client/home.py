@@ -90,6 +90,11 @@ class SiteHome:
         return self.folder / "runs"
 
     @property
+    def fetched(self) -> Path:
+        """Folder of a folder for each run whose result was fetched."""
+        return self.folder / "fetched"
+
+    @property
     def socket(self) -> Path:
         """The vault's Unix socket. Its folder admits the relay's group and nobody else."""
         return self.folder / "relay" / "vault.sock"

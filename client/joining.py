@@ -140,7 +140,6 @@ def finish(home: SiteHome, offer: Offer) -> Agreement:
         offer.signed,
         own_key=offer.identity.public,
         pinned=bytes.fromhex(offer.pending.roster_sha256),
-        unsafe_two_sites=offer.manifest.secure_sum.unsafe_two_sites,
     )
     agreement = Agreement(
         roster_sha256=offer.pending.roster_sha256,
@@ -229,7 +228,6 @@ def _require_usable(offer: Offer) -> None:
             SignedRoster(roster=roster, signatures={site: roster.sign(offer.identity)}),
             own_key=offer.identity.public,
             pinned=roster.digest(),
-            unsafe_two_sites=offer.manifest.secure_sum.unsafe_two_sites,
         )
     except RosterRefused as error:
         if "has not signed" not in str(error):
@@ -244,6 +242,11 @@ def _manifest(text: str) -> Manifest:
         manifest = load_manifest(path)
     if manifest.model.weights_sha256 is None or manifest.model.tokenizer_sha256 is None:
         raise EnrolmentError("the invitation's manifest does not pin its base model by digest; ask for one that does")
+    if manifest.evaluation.public is not None and manifest.evaluation.public_sha256 is None:
+        raise EnrolmentError(
+            "the invitation's manifest does not pin evaluation.public by evaluation.public_sha256, so the coordinator"
+            " could choose other records to judge by; ask for one that does"
+        )
     return manifest
 
 

@@ -120,6 +120,11 @@ class Ledger:
                 f" {number}: an older copy was put back; restore the newest, nothing is trained without it"
             )
 
+    def seal(self, federation: bytes, number: int, digest: str) -> bytes:
+        """32 bytes that tie an end (see `head`) to this ledger, in statements for a federation."""
+        said = f"end\x1f{federation.hex()}\x1f{number}\x1f{digest}"
+        return hmac.digest(self._key, said.encode(), hashlib.sha256)
+
     def rounds_of(self, manifest_sha256: str, run_id: str) -> list[int]:
         """The rounds of a run that were charged, in the order of their entries."""
         charges = (entry.charge for entry in self.entries())

@@ -106,6 +106,7 @@ class LimitsPolicy(Section):
         " between",
     )
     message_bytes: int = Field(1 << 30, ge=1 << 16, description="largest order that is read, in bytes")
+    fetch_bytes: int = Field(8 << 30, ge=1 << 16, description="most that `coadapt site fetch` takes of a run, in bytes")
     gpu_memory: float = Field(1.0, gt=0, le=1, description="share of the GPU's memory that may be used")
     hours: tuple[Annotated[str, AfterValidator(_hours)], ...] = Field(
         (),

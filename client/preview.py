@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from client.home import SiteHome
+from client.ledger import Ledger
+from client.ledger_watch import LedgerWatch
 from client.policy import SitePolicy, load_policy
 from client.resident import resident
 from client.secure_site import SecureSite, sum_policy
@@ -28,6 +30,7 @@ from common.config.manifest import Manifest
 from common.contribution import contribution_shapes
 from common.errors import PolicyRefused, RoundError
 from common.identity import Identity
+from common.ledger_statement import LedgerStatement
 from common.messages import Envelope, Refused, RoundDone, RoundStart, decode, encode
 from common.randomness import system_bytes
 from common.roster import FEDERATION_BYTES, Institution, Roster
@@ -108,7 +111,7 @@ def preview(home: SiteHome, manifest_file: Path | None = None) -> Preview:
         vault = Vault.of(throw_away, manifest, log=log)
         if not manifest.secure_sum.enabled:
             return _in_clear(vault, policy, manifest, Envelope(header=header, tensors=adapter), log)
-        return _summed(vault, policy, manifest, header, adapter, log)
+        return _summed(vault, policy, manifest, header, adapter, Path(folder))
 
 
 def _in_clear(vault: Vault, policy: SitePolicy, manifest: Manifest, request: Envelope, log: Path) -> Preview:
@@ -121,8 +124,9 @@ def _in_clear(vault: Vault, policy: SitePolicy, manifest: Manifest, request: Env
 
 
 def _summed(
-    vault: Vault, policy: SitePolicy, manifest: Manifest, header: RoundStart, adapter: AdapterState, log: Path
+    vault: Vault, policy: SitePolicy, manifest: Manifest, header: RoundStart, adapter: AdapterState, folder: Path
 ) -> Preview:
+    log = folder / "vault.log"
     own_policy = policy.sum_policy(manifest)
     count = _crowd(manifest, own_policy)
     coordinator, keys = Identity.generate(), [Identity.generate() for _ in range(count)]
@@ -158,11 +162,15 @@ def _summed(
     request = Envelope(header=header.model_copy(update={"secure_sum": first.hex()}), tensors=adapter)
     # 2. The sites' state machines; this one with its own policy.
     loose = sum_policy(manifest)
-    sites = [
-        SecureSite(Site(key, roster, own_policy if number == 0 else loose), _Memory(roster.federation), manifest)
-        for number, key in enumerate(keys)
-    ]
-    sites[0] = SecureSite(sites[0].site, sites[0].store, manifest, metrics_leave=policy.secure_sum.metrics == "summed")
+    sites = [SecureSite(Site(key, roster, loose), _Memory(roster.federation), manifest) for key in keys]
+    ledger = Ledger(folder / "ledger") if manifest.privacy is not None else None
+    watch = None if ledger is None else LedgerWatch(ledger, keys[0], roster, folder / "runs")
+    sites[0] = SecureSite(
+        Site(keys[0], roster, own_policy, watch),
+        sites[0].store,
+        manifest,
+        metrics_leave=policy.secure_sum.metrics == "summed",
+    )
     # 3. All five exchanges. This site trains when its vector is due; the others' are zeros.
     answers = {number: site.start(request) for number, site in enumerate(sites)}
     sent = [_sent(answers[0], keys[0].public)]
@@ -235,10 +243,23 @@ def _sent(data: bytes, public: bytes) -> Sent:
     masked: dict[str, str] = {}
     for each in fields(message.body):
         value = getattr(message.body, each.name)
+        if each.name in ("ledger", "seen"):
+            clear |= _ledgers(each.name, value)
+            continue
         # Public keys, hashes and sealed shares are drawn at random or by a hash; a vector is under its masks.
         text, plain = _shown(value)
         (clear if plain else masked)[each.name] = text
     return Sent(type(message.body).__name__.lower(), len(data), clear, masked)
+
+
+def _ledgers(name: str, value: Any) -> dict[str, str]:
+    """What a message says of ledgers, which coordinator and peers read."""
+    if name == "ledger" and value:
+        found = LedgerStatement.parse(value)
+        return {"ledger": f"{found.number} charges, the last with keyed digest {found.digest or 'none'}; signed"}
+    if name == "seen":
+        return {"seen": f"what {len(value)} other sites said of their ledgers in earlier sums, handed back"}
+    return {}
 
 
 def _shown(value: Any) -> tuple[str, bool]:
@@ -284,7 +305,7 @@ def _preview(
         "manifest_sha256": manifest.digest(),
         "run_id": "the run's name",
         "site": "this site's number in the roster",
-        "ledger": "how many charges its ledger holds, and the digest of the last",
+        "ledger": "how many charges its ledger holds, and the digest of the last, signed; empty without privacy",
         "progress": "how far training is, 0 to 1",
         "code and reason": "a fixed word where it refuses; settings and numbers of the policy, no record",
     }

@@ -13,7 +13,7 @@ from common.errors import EnrolmentError
 from common.findings import Finding, Level
 from common.tls import expiry, split_address
 
-__all__ = ["reach"]
+__all__ = ["agreed_context", "connection_to", "reach"]
 
 TIMEOUT_SECONDS = 10.0
 
@@ -30,11 +30,7 @@ def reach(address: str, authority: Path) -> Iterator[Finding]:
         level, text = expiry(pem)
         yield Finding(level, "certificate", f"the coordinator's authority {text}")
     try:
-        context = ssl.create_default_context(cadata=pem.decode("ascii") if pem else None)
-        if pem:  # the agreed authority alone: another that the system trusts must not vouch for the gate
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.load_verify_locations(cadata=pem.decode("ascii"))
-        connection, way = _connection(host, port, context)
+        connection, way = connection_to(host, port, agreed_context(pem))
         before = time.time()
         connection.connect()
         leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
@@ -53,7 +49,23 @@ def reach(address: str, authority: Path) -> Iterator[Finding]:
         yield Finding("problem", "network", f"{address} cannot be reached: {said}; ask for an open way to this port")
 
 
-def _connection(host: str, port: int, context: ssl.SSLContext) -> tuple[http.client.HTTPSConnection, str]:
+def agreed_context(pem: bytes) -> ssl.SSLContext:
+    """TLS that trusts the agreed authority alone, so that another that the system trusts does not vouch for the gate;
+    without one (empty) what the system trusts."""
+    if not pem:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=pem.decode("ascii"))
+    return context
+
+
+def connection_to(host: str, port: int, context: ssl.SSLContext) -> tuple[http.client.HTTPSConnection, str]:
+    """A connection to the gate that is not open yet, through HTTPS_PROXY where it is set and NO_PROXY does not exempt
+    the host; and which way it goes, in words.
+
+    Raises:
+        EnrolmentError: HTTPS_PROXY cannot be read.
+    """
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     if not proxy or _without_proxy(host):
         return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS, context=context), ""

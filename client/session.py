@@ -2,7 +2,7 @@
 
     1. size, signature of the coordinator, this federation, roster, manifest and site
     2. newer than every order before; the very same order gets the same answer
-    3. the site's ledger is not older than what the coordinator has seen of it
+    3. the site's ledger is not older than what the site has signed of it and others hand back
     4. the site's policy
     5. `client/site_run.py` answers
 
@@ -24,6 +24,7 @@ from client.admission import require_admitted, require_bytes, require_hours
 from client.audit_log import AuditLog
 from client.background import Trains
 from client.ledger import Ledger
+from client.ledger_watch import LedgerWatch
 from client.policy import SitePolicy
 from client.run_folder import Claim, RunFolder
 from client.secure_site import SecureSite
@@ -44,8 +45,9 @@ from common.errors import (
     WrongContext,
     error_code,
 )
-from common.frames import Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
+from common.frames import Answer, Order, open_frame, payload_digest, seal_frame
 from common.identity import Identity
+from common.ledger_statement import LedgerStatement
 from common.roster import Roster
 from common.secure_sum.primitives import Label, derive
 from common.secure_sum.site import Site
@@ -76,13 +78,12 @@ class SiteParts:
 
 
 class _Seen(BaseModel):
-    """The newest order that was taken, and the newest end of the ledger that others have seen."""
+    """The newest order that was taken."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     sequence: int = -1
     frame: str = ""
-    ledger: LedgerHead | None = None
 
 
 class Session:
@@ -91,6 +92,9 @@ class Session:
     def __init__(self, parts: SiteParts, audit: AuditLog) -> None:
         self._parts, self._audit = parts, audit
         self._digest, self._number = parts.manifest.digest(), parts.roster.site_of(parts.identity.public)
+        self._watch = (
+            LedgerWatch(parts.ledger, parts.identity, parts.roster, parts.runs) if parts.ledger is not None else None
+        )
         self._lock = threading.Lock()
         self._seen = self._load_seen()
         self._last: tuple[str, bytes] = ("", b"")
@@ -109,6 +113,20 @@ class Session:
                 self._audit.add("refused", kind="app", payload=text, code=AppRefused.code)
         return b""
 
+    def oversized(self, size: bytes) -> bytes:
+        """The signed refusal of an order of so many bytes (decimal), which the relay could not hand over; empty where
+        the policy allows as many. The relay says so, and nobody else can."""
+        text = size[:20].decode("ascii", "replace")
+        if not re.fullmatch(r"[1-9][0-9]{0,18}", text):
+            return b""
+        try:
+            require_bytes(self._parts.policy, int(text))
+        except PolicyBreach as error:
+            with self._lock:
+                outcome = Outcome("refused", code=error.code, reason=str(error), error=error)
+                return self._sealed(self._logged(outcome, None, "", None, int(text)), None, "")
+        return b""
+
     def _answer(self, frame: bytes) -> bytes:
         order: Order | None = None
         about, number, digest = "", None, ""
@@ -120,8 +138,10 @@ class Session:
                 return self._last[1]
             about = order.about if order.kind in ("poll", "cancel") else payload_digest(payload)
             self._require_ours(order)
+            told = self._told(order)
             self._take(order, digest)
-            self._require_ledger(order)
+            if self._watch is not None:
+                self._watch.require(told)
             run = None
             if order.kind == "hello":
                 self._require_policy()
@@ -136,6 +156,8 @@ class Session:
             outcome = Outcome("refused", code=error_code(error), error=error)
         if outcome.error is not None:
             note(self._parts.log, outcome.error)
+        if isinstance(outcome.error, SnapshotRefused) and self._run is not None:
+            self._run[1].close()  # what was trained on an older copy's budget never leaves
         outcome = self._logged(outcome, order, about, number, len(frame))
         sealed = self._sealed(outcome, order, about)
         if order is not None and digest == self._seen.frame:
@@ -177,28 +199,15 @@ class Session:
             raise ReplayRefused(f"order {order.sequence} is not newer than {self._seen.sequence}")
         self._remember(order.kind not in ("hello", "poll"), sequence=order.sequence, frame=digest)
 
-    def _require_ledger(self, order: Order) -> None:
-        """Refuse everything while the ledger is older than what was seen of it, now or ever.
+    def _told(self, order: Order) -> LedgerStatement | None:
+        """What the order hands back of this site's ledger, believed by nothing but the site's own signature.
 
         Raises:
-            SnapshotRefused: it is.
+            MalformedMessage, WrongContext, SignatureRefused: this site has never said that; nothing is noted of it.
         """
-        ledger = self._parts.ledger
-        if ledger is None:
-            return
-        told = order.seen if order.site == self._number else None  # a greeting may be meant for another site
-        for head in (self._seen.ledger, told):
-            if head is None:
-                continue
-            try:
-                ledger.require_at_least(head.number, head.digest)
-            except SnapshotRefused:
-                if head != self._seen.ledger:
-                    self._remember(True, ledger=head)
-                raise
-        known = self._seen.ledger
-        if told is not None and (known is None or told.number > known.number):
-            self._remember(True, ledger=told)
+        if self._watch is None or not order.seen or order.site != self._number:
+            return None  # a greeting may be meant for another site
+        return self._watch.believed(bytes.fromhex(order.seen))
 
     def _require_policy(self) -> Trains:
         """The vault, where the manifest is within the policy.
@@ -244,14 +253,16 @@ class Session:
             secure=self._secure_site(order.run_id, folder),
             vault=vault,
             executor=parts.executor,
-            admit=lambda: self._admit(folder, claim),
+            admit=lambda begins: self._admit(folder, claim, begins=begins),
         )
         self._run = (order.run_id, run)
         return run
 
-    def _admit(self, folder: RunFolder, claim: Claim) -> None:
-        """Let training begin, and note whose run it is, or raise a PolicyBreach."""
-        require_hours(self._parts.policy, self._parts.now())
+    def _admit(self, folder: RunFolder, claim: Claim, *, begins: bool) -> None:
+        """Let a request be answered, and note whose run it is, or raise a PolicyBreach. Hours are about training that
+        `begins`; what it made may be asked for again at any time."""
+        if begins:
+            require_hours(self._parts.policy, self._parts.now())
         if folder.claim() is None:
             folder.take(claim)
 
@@ -278,7 +289,7 @@ class Session:
         if not parts.manifest.secure_sum.enabled:
             return None
         return SecureSite(
-            Site(parts.identity, parts.roster, parts.policy.sum_policy(parts.manifest)),
+            Site(parts.identity, parts.roster, parts.policy.sum_policy(parts.manifest), self._watch),
             folder,
             parts.manifest,
             facts=folder,
@@ -321,19 +332,17 @@ class Session:
             code=outcome.code,
             reason=outcome.reason[:_MOST_REASON],
             progress=outcome.progress,
-            ledger=self._ledger_head() if order is not None else None,
+            ledger=self._statement() if order is not None else "",
         )
         return seal_frame(self._parts.identity, header, outcome.payload)
 
-    def _ledger_head(self) -> LedgerHead | None:
-        if self._parts.ledger is None:
-            return None
+    def _statement(self) -> str:
+        """The ledger's end in hex; nothing where there is no ledger, or none that can be trusted."""
         try:
-            number, digest = self._parts.ledger.head()
+            return "" if self._watch is None else self._watch.says().hex()
         except CoadaptError as error:
             note(self._parts.log, error)
-            return None
-        return LedgerHead(number=number, digest=digest)
+            return ""
 
     def _load_seen(self) -> _Seen:
         path = self._parts.runs / _SEEN

@@ -55,8 +55,8 @@ class Outcome:
 
 
 class SiteRun:
-    """The run of an id. `secure` is None where the manifest has no secure sum. `admit` is asked before training or
-    measuring begins, and raises a PolicyBreach where it may not."""
+    """The run of an id. `secure` is None where the manifest has no secure sum. `admit` is asked before a request is
+    answered, with whether training or measuring begins for it, and raises a PolicyBreach where it may not."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SiteRun:
         secure: SecureSite | None,
         vault: Trains,
         executor: Executor,
-        admit: Callable[[], None],
+        admit: Callable[[bool], None],
     ) -> None:
         self._run_id, self._manifest, self._folder = run_id, manifest, folder
         self._secure, self._vault, self._executor, self._admit = secure, vault, executor, admit
@@ -95,7 +95,7 @@ class SiteRun:
         if (header.run_id, header.manifest_sha256) != (self._run_id, self._manifest.digest()):
             raise MessageError("the envelope is of another run or manifest than the order that carries it")
         if not isinstance(header, Project):  # a second sum belongs to training that has begun
-            self._admit()
+            self._admit(not self._has_begun(envelope, header))
         if self._secure is None:
             self._work_on(payload, envelope)
             self._due, self._answers = digest, {}
@@ -182,12 +182,28 @@ class SiteRun:
             self._work_on(payload, envelope)
         return self._answered(payload_digest(payload), answer)
 
+    def _has_begun(self, envelope: Envelope, header: Request) -> bool:
+        """Whether the request can be answered by work that is done or goes on: another attempt begins nothing anew."""
+        question, work = _question(envelope), self._folder.load_work()
+        if (work.stage, work.question) == ("done", question):
+            return True
+        if self._secure is not None and self._folder.load().released_in == (
+            self._secure.site.roster.epoch,
+            sum_number(header),
+        ):
+            return True
+        return self._goes_on(question)
+
+    def _goes_on(self, question: str) -> bool:
+        job = self._job
+        return job is not None and job.question == question and not job.cancelled and not _failed(job)
+
     def _work_on(self, payload: bytes, envelope: Envelope) -> None:
         """Begin the work; where the same is being done for an earlier attempt it goes on."""
         question = _question(envelope)
+        if self._goes_on(question):
+            return
         if self._job is not None:
-            if self._job.question == question and not self._job.cancelled and not _failed(self._job):
-                return
             self._job.cancel()
         self._job = start_job(self._executor, self._vault, self._folder, self._manifest, payload, question)
 

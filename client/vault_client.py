@@ -7,11 +7,12 @@ import grpc
 
 from common.errors import ServiceError
 
-__all__ = ["METHOD", "REFUSED", "SERVICE", "call_vault", "tell_refused"]
+__all__ = ["METHOD", "OVERSIZED", "REFUSED", "SERVICE", "call_vault", "tell_refused"]
 
 SERVICE = "coadapt.Vault"
 METHOD = "Answer"
 REFUSED = "Refused"
+OVERSIZED = "Oversized"
 
 # The vault has a limit of its own, from its policy; Flower's pieces and the gate have theirs.
 _OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
@@ -29,12 +30,23 @@ def call_vault(socket: Path, data: bytes, *, timeout: float = 60.0) -> bytes:
             answer: bytes = call(data, timeout=timeout)
         except grpc.RpcError as error:
             code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
+            if code == "RESOURCE_EXHAUSTED" and (said := _told_oversized(channel, len(data), timeout)):
+                return said
             advice = (
                 "the order is larger than limits.message_bytes of its site.toml, or too many come at once"
                 if code == "RESOURCE_EXHAUSTED"
                 else "start it with `coadapt site start`"
             )
             raise ServiceError(f"the vault at {socket} did not answer ({code}); {advice}") from error
+    return answer
+
+
+def _told_oversized(channel: grpc.Channel, size: int, timeout: float) -> bytes:
+    """The vault's signed refusal of an order that it was never given, for its size; empty where that was not why."""
+    try:
+        answer: bytes = channel.unary_unary(f"/{SERVICE}/{OVERSIZED}")(str(size).encode(), timeout=timeout)
+    except grpc.RpcError:
+        return b""
     return answer
 
 

@@ -30,7 +30,7 @@ from client.home import SiteHome
 from client.ledger import Ledger
 from client.policy import SitePolicy, load_policy
 from client.session import Session, SiteParts
-from client.vault_client import METHOD, REFUSED, SERVICE
+from client.vault_client import METHOD, OVERSIZED, REFUSED, SERVICE
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, EnrolmentError, ManifestError, ServiceError
@@ -126,7 +126,8 @@ def _listening(home: SiteHome, session: Session, policy: SitePolicy) -> grpc.Ser
         path.unlink(missing_ok=True)  # of a vault that was killed; `_only_one` knows that none is alive
     except OSError as error:
         raise ServiceError(f"the socket's folder {path.parent} cannot be used: {error.strerror}") from error
-    # A frame that is a little too large must reach the session, whose refusal says so and is logged.
+    # A frame that is a little too large reaches the session, whose refusal says so and is logged. Of a larger one the
+    # relay tells the size alone.
     most = policy.limits.message_bytes + (1 << 20)
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="orders"),
@@ -139,7 +140,8 @@ def _listening(home: SiteHome, session: Session, policy: SitePolicy) -> grpc.Ser
     )
     handler = grpc.unary_unary_rpc_method_handler(lambda data, _: session.answer(data))
     noted = grpc.unary_unary_rpc_method_handler(lambda data, _: session.app_refused(data))
-    handlers = {METHOD: handler, REFUSED: noted}
+    sized = grpc.unary_unary_rpc_method_handler(lambda data, _: session.oversized(data))
+    handlers = {METHOD: handler, REFUSED: noted, OVERSIZED: sized}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     before = os.umask(0o117)
     try:

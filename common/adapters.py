@@ -34,13 +34,11 @@ from common.models import Base, load_task_model
 from common.randomness import seeded
 
 __all__ = [
-    "adapter_facts",
     "attach",
     "first_state",
     "get_state",
     "is_head",
     "load_adapter",
-    "merge_adapter",
     "save_adapter",
     "set_state",
     "train_head_alone",
@@ -233,61 +231,23 @@ def _plain(value: object) -> object:
     return getattr(value, "value", str(value))
 
 
-def adapter_facts(folder: Path) -> tuple[Manifest, str]:
-    """The manifest that a stored adapter was made under, and the digest of the weights that it was trained on.
-
-    Raises:
-        AdapterError: the folder holds no adapter of Coadapt.
-    """
-    try:
-        facts = json.loads((folder / "coadapt.json").read_text(encoding="utf-8"))
-        return Manifest.model_validate_json(json.dumps(facts["manifest"])), str(facts["weights_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder} holds no adapter of Coadapt: {type(error).__name__}") from error
-
-
-def load_adapter(folder: Path, base: Base, *, full_precision: bool = False) -> tuple[nn.Module, Manifest]:
+def load_adapter(folder: Path, base: Base) -> tuple[nn.Module, Manifest]:
     """The task model of a stored adapter, ready to measure or serve, and the manifest it was made under.
-
-    With `full_precision` an adapter of method qlora lies on the base as it was before its layers were quantised.
 
     Raises:
         AdapterError: the folder holds no adapter of Coadapt, or it does not fit.
         ModelError: the base is another one than the adapter was trained on.
     """
-    manifest, trained_on = adapter_facts(folder)
     try:
+        facts = json.loads((folder / "coadapt.json").read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json(json.dumps(facts["manifest"]))
+        trained_on = facts["weights_sha256"]
         state = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no adapter of Coadapt: {type(error).__name__}") from error
     if trained_on != base.weights_sha256:
         raise ModelError(f"{folder} was trained on weights {trained_on}, found {base.weights_sha256}")
-    shown = manifest
-    if full_precision and manifest.adapter.method == "qlora":
-        shown = manifest.model_copy(update={"adapter": manifest.adapter.model_copy(update={"method": "lora"})})
-    model = attach(load_task_model(base, shown), shown.adapter)
+    model = attach(load_task_model(base, manifest), manifest.adapter)
     set_state(model, state)
     model.eval()
     return model, manifest
-
-
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """The task model with its low-rank pairs or IA3 factors, stacked pairs too, added to the base's own weights.
-
-    `model` is one that `attach` made, in full precision; it is used up. Methods that train the model's own parameters
-    have nothing to merge, and what others add beside the weights stays where it is.
-    """
-    if not isinstance(model, PeftModel):
-        return model
-    below: dict[str, Tensor] = {}
-    for name, layer in model.base_model.model.named_modules():
-        pairs = cast(list[Tensor] | None, getattr(layer, "pairs_below", None))
-        if pairs is not None:
-            added = pairs[1] @ pairs[0] * cast(dict[str, float], layer.scaling)["default"]
-            below[name] = added.T if cast(Any, layer).fan_in_fan_out else added
-            cast(Any, layer).pairs_below = None
-    merged = cast(nn.Module, cast(Any, model).merge_and_unload())
-    with torch.no_grad():  # afterwards: DoRA scales the sum of the base's weight and its own pair, and not these
-        for name, added in below.items():
-            cast(nn.Parameter, merged.get_submodule(name).weight).add_(added)
-    return merged

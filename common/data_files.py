@@ -9,6 +9,7 @@ import contextlib
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -25,7 +26,16 @@ from common.durable import write_bytes
 from common.errors import DataError
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 
-__all__ = ["EMPTY_WORD", "Cleaning", "clean_name", "parse_rows", "read_records", "read_rows", "write_records"]
+__all__ = [
+    "EMPTY_WORD",
+    "Cleaning",
+    "clean_name",
+    "parse_rows",
+    "read_records",
+    "read_rows",
+    "require_digest",
+    "write_records",
+]
 
 Form = Literal["NFC", "NFKC", "none"]
 
@@ -83,6 +93,21 @@ def read_records(
         found = f"all {cleaning.empty} rows have an empty text" if cleaning.empty else "the file has no rows"
         raise DataError(f"{path}: no records: {found}; give a file with at least one record")
     return records, cleaning
+
+
+def require_digest(path: Path, sha256: str, *, what: str) -> None:
+    """Refuse a file that is not the one that was agreed on; `what` is the setting that names it.
+
+    Raises:
+        DataError: it is missing, or its SHA-256 (of the file as it lies there, hex) is another.
+    """
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{what}: {path} cannot be read ({error.strerror}); put the agreed file there") from error
+    if found != sha256:
+        raise DataError(f"{what}: {path} has the SHA-256 {found}, and {sha256} was agreed on; put that file there")
 
 
 def read_rows(path: Path) -> Iterator[dict[str, object]]:

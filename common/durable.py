@@ -10,10 +10,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import RunError
 
-__all__ = ["new_folder", "write_bytes", "write_text"]
+__all__ = ["new_file", "new_folder", "write_bytes", "write_text"]
 
 
 def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
@@ -40,6 +41,25 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill piece by piece; it appears as `path` only when the block ends well. `path` must not exist."""
+    if path.exists():
+        raise RunError(f"{path} exists already; finished files are never overwritten: remove it or choose another name")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@
     ├── ModelError           a base model is missing, has the wrong digest or does not fit the task
     ├── AdapterError         an adapter does not fit the model or the manifest
     ├── DistillationError    a compact model cannot be made, stored, exported or read
+    ├── AssessmentError      a model cannot be measured, or two cannot be compared
     ├── TrainingError        training cannot go on
     │   └── NotFiniteLoss    the loss became NaN or infinite
     ├── PrivacyError         a privacy setting breaks a rule, or a check of the private training failed
@@ -22,6 +23,9 @@
     ├── RoundError           too few sites answered to finish a round
     │   └── SumLost          a secure sum failed after vectors left, and must not be asked for again
     ├── RunError             a run cannot start or a run's files cannot be used
+    ├── ReleaseError         a run's result is not published, or not for this site
+    │   └── ContentRefused   a file is not what the coordinator signed
+    ├── BundleError          an offline bundle cannot be made, or is not whole
     ├── SecureSumError       a secure sum was refused or cannot be formed; whoever raises it reveals nothing
     │   ├── RosterRefused    the roster is not what every institution in it signed
     │   ├── SignatureRefused a signature does not verify
@@ -50,9 +54,12 @@ import re
 __all__ = [
     "AdapterError",
     "AppRefused",
+    "AssessmentError",
     "BudgetError",
+    "BundleError",
     "ChecksumMismatch",
     "CoadaptError",
+    "ContentRefused",
     "DataError",
     "DistillationError",
     "EnrolmentError",
@@ -69,6 +76,7 @@ __all__ = [
     "PolicyBreach",
     "PolicyRefused",
     "PrivacyError",
+    "ReleaseError",
     "ReplayRefused",
     "RerunRefused",
     "RosterRefused",
@@ -129,6 +137,12 @@ class DistillationError(CoadaptError):
     """A compact model cannot be made, stored, exported or read."""
 
     code = "distillation"
+
+
+class AssessmentError(CoadaptError):
+    """A model cannot be measured, or two cannot be compared."""
+
+    code = "assessment"
 
 
 class TrainingError(CoadaptError):
@@ -226,6 +240,24 @@ class RunError(CoadaptError):
     """A run cannot start, or a run's files cannot be used."""
 
     code = "run"
+
+
+class ReleaseError(CoadaptError):
+    """A run's result is not published, or not for this site."""
+
+    code = "release"
+
+
+class ContentRefused(ReleaseError):
+    """A file is not what the coordinator signed."""
+
+    code = "content"
+
+
+class BundleError(CoadaptError):
+    """An offline bundle cannot be made, or is not whole."""
+
+    code = "bundle"
 
 
 class SecureSumError(CoadaptError):

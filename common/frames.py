@@ -16,25 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import MalformedMessage
 from common.identity import SIGNATURE_BYTES, Identity, verify
+from common.ledger_statement import STATEMENT_BYTES
 
-__all__ = ["Answer", "LedgerHead", "Order", "OrderKind", "open_frame", "payload_digest", "seal_frame"]
+__all__ = ["Answer", "Order", "OrderKind", "open_frame", "payload_digest", "seal_frame"]
 
 MOST_HEADER_BYTES = 65_536
 _LENGTH_BYTES = 8
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# A `LedgerStatement` in hex, or nothing.
+Statement = Annotated[str, Field(pattern=rf"^([0-9a-f]{{{2 * STATEMENT_BYTES}}})?$")]
 
 
 OrderKind = Literal["hello", "request", "message", "poll", "cancel"]
-
-
-class LedgerHead(BaseModel):
-    """The end of a ledger's chain: how many entries, and the digest of the last."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    number: int = Field(ge=0)
-    digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
 
 
 class _Frame(BaseModel):
@@ -54,13 +48,13 @@ class Order(_Frame):
     `hello` asks who is there. `request` carries an envelope, `message` a message of the secure sum. `poll` asks for the
     answer to a payload that came before, `cancel` says that nobody waits for it any more; both name it in `about`.
     `sequence` grows from order to order, over restarts too (nanoseconds of the clock, or one more than the last).
-    `seen` is the newest end of this site's ledger that the coordinator was told.
+    `seen` is this site's own newest statement of its ledger's end that the coordinator was told.
     """
 
     kind: OrderKind
     sequence: int = Field(ge=0, lt=2**63)
     about: Digest | Literal[""] = ""
-    seen: LedgerHead | None = None
+    seen: Statement = ""
 
 
 class Answer(_Frame):
@@ -68,7 +62,8 @@ class Answer(_Frame):
 
     `message` carries the answer to a payload, `working` says how far it is (0 to 1), `done` answers a hello, a cancel,
     or a payload that wants no answer. `refused` says why in a fixed word; `reason` may add settings and numbers, and
-    never what comes from a record. `to` is the order's sequence, `about` the digest of the payload that is answered.
+    never what comes from a record. `to` is the order's sequence, `about` the digest of the payload that is answered,
+    `ledger` the site's statement of its ledger's end.
     """
 
     kind: Literal["message", "working", "done", "refused"]
@@ -77,7 +72,7 @@ class Answer(_Frame):
     code: str = Field("", pattern=r"^[A-Za-z0-9_:]{0,80}$")
     reason: str = Field("", max_length=1000)
     progress: float = Field(0.0, ge=0, le=1)
-    ledger: LedgerHead | None = None
+    ledger: Statement = ""
 
 
 _LABELS: dict[type[Order | Answer], bytes] = {Order: b"coadapt order 1", Answer: b"coadapt answer 1"}

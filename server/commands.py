@@ -217,6 +217,22 @@ def revoke(
 
 
 @coordinator.command()
+def publish(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a finished run.")],
+    home: Home = HERE,
+    compact: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Its compact model; default: compact/ in the run's folder.")
+    ] = None,
+) -> None:
+    """Sign a finished run's adapter and compact model, so that its sites can fetch them."""
+    from server.home import CoordinatorHome
+    from server.publishing import publish as sign
+
+    listing = sign(CoordinatorHome(home), run, compact=compact)
+    _say(f"published {len(listing.files)} files, {listing.size} bytes; sites type: coadapt site fetch {run}")
+
+
+@coordinator.command()
 def service(
     home: Home = HERE,
     into: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files.")] = Path("services"),

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 from common.codec.state import AdapterState, state_digest
@@ -42,7 +43,8 @@ PUBLIC = "public records"
 class Coordinator:
     """Runs the rounds of one manifest over a channel. `rounds` grows as rounds are finished; [0] is the start.
 
-    `public` measures an adapter on public records; then no site is asked to measure. `sums` are secure sums over the
+    `public` measures an adapter on public records; then no site is asked to measure. With `public_meanwhile` it does so
+    in a thread of its own while the sites train, and otherwise before they are asked. `sums` are secure sums over the
     sites; without them the coordinator sees what each site sends. `accepted` is the number of
     aggregations that went into `adapter`. A store with finished rounds (`RunStore.reopen`) is gone on with. A round
     whose secure sum is lost (`SumLost`) uses up its number and leaves the adapter; so many as `lost_rounds` one after
@@ -66,6 +68,7 @@ class Coordinator:
         store: RunStore,
         report: EventSink,
         public: Callable[[AdapterState], Counts] | None = None,
+        public_meanwhile: bool = False,
         sums: Collection | None = None,
         lost_rounds: int = 1,
     ) -> None:
@@ -73,6 +76,8 @@ class Coordinator:
             raise RunError("aggregation.accept_drop needs public records to measure on, and this coordinator has none")
         self._manifest = manifest
         self._public = public
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="measuring") if public_meanwhile else None
+        self._measuring: Future[Counts] | None = None
         self._digest = manifest.digest()
         self._run_id = run_id
         self._sites = tuple(sites)
@@ -108,6 +113,7 @@ class Coordinator:
         store: RunStore,
         report: EventSink,
         public: Callable[[AdapterState], Counts] | None = None,
+        public_meanwhile: bool = False,
         sums: Collection | None = None,
         lost_rounds: int = 1,
     ) -> Self:
@@ -127,6 +133,7 @@ class Coordinator:
             store=store,
             report=report,
             public=public,
+            public_meanwhile=public_meanwhile,
             sums=sums,
             lost_rounds=lost_rounds,
         )
@@ -207,7 +214,10 @@ class Coordinator:
         wanted = (number - 1) % self._manifest.evaluation.every == 0
         measure = wanted and not before.counts and not before.measured
         if measure and self._public is not None:
-            before.counts = {PUBLIC: self._public(self.adapter)}
+            if self._aside is None:
+                before.counts = {PUBLIC: self._public(self.adapter)}
+            else:  # while the sites train: none of them waits for the coordinator's figures
+                self._measuring = self._aside.submit(self._public, self.adapter)
         return RoundStart(**self._header(number), evaluate=measure and self._public is None, accepted=self.accepted)
 
     def _mean(self, start: RoundStart, done: StoredRound) -> Mean:
@@ -218,7 +228,12 @@ class Coordinator:
             SumLost: a secure sum failed and must not be asked for again.
         """
         shapes = contribution_shapes(self._manifest, self._shapes, self.accepted)
-        collected = self._collection.first(start, self.adapter, shapes)
+        try:
+            collected = self._collection.first(start, self.adapter, shapes)
+        except SumLost:
+            self._take_measured()
+            raise
+        self._take_measured()
         self._take_in(collected, done)
         # What the sites measured belongs to the adapter that they received.
         if self._public is None:  # else no site was asked for any
@@ -234,6 +249,12 @@ class Coordinator:
             self._require_enough(done)
             mean = {**mean, **second.mean}
         return mean
+
+    def _take_measured(self) -> None:
+        """The figures of the adapter before, where they were made meanwhile; an error of theirs is raised here."""
+        if self._measuring is not None:
+            self.rounds[-1].counts = {PUBLIC: self._measuring.result()}
+            self._measuring = None
 
     def _aggregate(self, mean: Mean, done: StoredRound) -> Rejection | None:
         """Make the next adapter of the mean, or leave all as it was and say why."""

@@ -95,12 +95,14 @@ def make_roster(home: CoordinatorHome, manifest_file: Path, *, epoch: int | None
 
     Raises:
         ManifestError: the manifest breaks a rule.
-        EnrolmentError: it is not pinned, too few institutions are admitted, or the epoch is not later.
+        EnrolmentError: it is not pinned, allows sums over two sites, too few institutions are admitted, or the epoch
+            is not later.
         RosterRefused: the institutions and the manifest's rules leave no threshold.
     """
     settings, identity = load_settings(home), home.identity()
     manifest = load_manifest(manifest_file)
     _require_pinned(manifest, manifest_file)
+    _require_crowd(manifest)
     before = read_roster(home) if home.roster.exists() else None
     last = 0 if before is None else before.roster.epoch
     epoch = last + 1 if epoch is None else epoch
@@ -125,7 +127,7 @@ def make_roster(home: CoordinatorHome, manifest_file: Path, *, epoch: int | None
         ),
     )
     signed = SignedRoster(roster=roster)
-    _require_usable(signed, manifest)
+    _require_usable(signed)
     text = annotated(manifest.model_copy(update={"simulation": None}))
     write_text(home.manifest, text)
     write_text(home.roster, signed.to_json() + "\n")
@@ -193,12 +195,12 @@ def require_roster(home: CoordinatorHome, manifest: Manifest) -> Roster:
         EnrolmentError: there is none, or an institution in it was revoked or changed its keys.
         RosterRefused: a signature is missing or wrong.
     """
+    _require_crowd(manifest)
     signed = read_roster(home)
     roster = verify_roster(
         signed,
         own_key=home.identity().public,
         pinned=signed.roster.digest(),
-        unsafe_two_sites=manifest.secure_sum.unsafe_two_sites,
     )
     papers = admitted(home)
     for entry in roster.institutions:
@@ -242,27 +244,36 @@ def _numbers(home: CoordinatorHome, papers: dict[str, Enrolment]) -> dict[str, i
 
 
 def _require_pinned(manifest: Manifest, path: Path) -> None:
+    public = manifest.evaluation
     missing = [
         name
         for name, value in (
             ("model.weights_sha256", manifest.model.weights_sha256),
             ("model.tokenizer_sha256", manifest.model.tokenizer_sha256),
+            ("evaluation.public_sha256", "none needed" if public.public is None else public.public_sha256),
             ("task.prompt_sha256", manifest.task.prompt_sha256 if manifest.task.kind == "causal-lm" else "none needed"),
         )
         if value is None
     ]
     if missing:
         raise EnrolmentError(
-            f"{path.name} does not pin {' and '.join(missing)}, so sites could train different models; `coadapt init`"
-            " writes a manifest with all digests"
+            f"{path.name} does not pin {' and '.join(missing)}, so sides could use different ones; `coadapt init`"
+            " writes a manifest with the base's digests, and sha256sum gives that of a file"
         )
 
 
-def _require_usable(signed: SignedRoster, manifest: Manifest) -> None:
+def _require_crowd(manifest: Manifest) -> None:
+    if manifest.secure_sum.unsafe_two_sites:
+        raise EnrolmentError(
+            "secure_sum.unsafe_two_sites is for simulations alone: of two institutions each learns the other's change,"
+            " and every site refuses; leave it out, and admit three or more"
+        )
+
+
+def _require_usable(signed: SignedRoster) -> None:
     """All that can be wrong with a roster beside its signatures, found before anybody is asked to sign."""
-    two = manifest.secure_sum.unsafe_two_sites
     try:
-        verify_roster(signed, own_key=signed.roster.coordinator, pinned=signed.roster.digest(), unsafe_two_sites=two)
+        verify_roster(signed, own_key=signed.roster.coordinator, pinned=signed.roster.digest())
     except RosterRefused as error:
         if "has not signed" not in str(error):
             raise

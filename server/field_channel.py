@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.durable import write_text
-from common.errors import CoadaptError, MessageError, RunError, SignatureRefused, WrongContext
+from common.errors import CoadaptError, MalformedMessage, MessageError, RunError, SignatureRefused, WrongContext
 from common.flower import UNREADABLE, Grid, Message, pack, unpack
 from common.frames import (
     MOST_HEADER_BYTES,
     Answer,
-    LedgerHead,
     Order,
     OrderKind,
     open_frame,
@@ -27,10 +26,12 @@ from common.frames import (
     seal_frame,
 )
 from common.identity import Identity
+from common.ledger_statement import LedgerStatement
 from common.messages import decode
 from common.roster import Roster
 from common.secure_sum.messages import VERSION
 from server.channel import Interrupted, Reply, fixed_word
+from server.order_numbers import OrderNumbers
 
 __all__ = ["FieldChannel", "Heads"]
 
@@ -53,27 +54,31 @@ _ON_THE_WAY = ("service",)
 
 
 class Heads:
-    """The newest end of each site's ledger, durably, as JSON by site name. A vault that comes back with less stops."""
+    """The newest statement of each site's ledger, durably, as JSON of hex by site name.
+
+    It is handed back to the site, which believes its own signature alone; a vault whose ledger has less stops. Names
+    outlive keys: an institution that changed its key, and took its ledger along, gets back what it said before.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
             written = json.loads(path.read_bytes()) if path.exists() else {}
-            self._heads = {name: LedgerHead(**head) for name, head in written.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            self._heads = {name: LedgerStatement.parse(bytes.fromhex(text)) for name, text in written.items()}
+        except (OSError, ValueError, TypeError, AttributeError, MalformedMessage) as error:
             raise RunError(f"{path} is damaged ({type(error).__name__}); restore it from a backup") from error
 
-    def of(self, site: str) -> LedgerHead | None:
-        """The newest that was told."""
-        return self._heads.get(site)
+    def of(self, site: str) -> str:
+        """The newest that was told, in hex; empty where none was."""
+        return self._heads[site].raw.hex() if site in self._heads else ""
 
-    def saw(self, site: str, head: LedgerHead | None) -> None:
-        """Remember it if it is newer."""
+    def saw(self, site: str, statement: LedgerStatement) -> None:
+        """Remember a statement that was verified, if it is newer."""
         known = self._heads.get(site)
-        if head is None or (known is not None and head.number <= known.number):
+        if known is not None and statement.number <= known.number:
             return
-        self._heads[site] = head
-        write_text(self._path, json.dumps({name: each.model_dump() for name, each in self._heads.items()}) + "\n")
+        self._heads[site] = statement
+        write_text(self._path, json.dumps({name: each.raw.hex() for name, each in self._heads.items()}) + "\n")
 
 
 @dataclass
@@ -110,6 +115,7 @@ class FieldChannel:
         manifest_sha256: str,
         run_id: str,
         heads: Heads,
+        orders: OrderNumbers,
         stop: threading.Event,
         phase_seconds: float,
         poll_seconds: float,
@@ -117,7 +123,7 @@ class FieldChannel:
     ) -> None:
         self._grid, self._identity, self._roster = grid, identity, roster
         self._manifest_sha256, self._run_id = manifest_sha256, run_id
-        self._heads, self._stop = heads, stop
+        self._heads, self._orders, self._stop = heads, orders, stop
         self._phase, self._poll, self._absent = phase_seconds, poll_seconds, absent_seconds
         self._numbers = {entry.name: entry.site for entry in roster.institutions}
         self._names = {number: name for name, number in self._numbers.items()}
@@ -125,7 +131,6 @@ class FieldChannel:
         self._greeted: dict[str, tuple[int, float, int]] = {}  # Flower's message id: node, when, the order's sequence
         self._online: set[int] = set()
         self._looked_at = 0.0
-        self._sequence = 0
         self._one_by_one = False  # whether replies are fetched singly: one was found that Flower cannot read
         self.reasons: dict[str, str] = {}
         self.progress: dict[str, float] = {}
@@ -215,8 +220,6 @@ class FieldChannel:
             each.next_at = now + AGAIN_SECONDS
 
     def _order(self, kind: OrderKind, site: str, about: str) -> Order:
-        # The clock, so that a coordinator that comes back does not begin below what sites have seen.
-        self._sequence = max(self._sequence + 1, time.time_ns())
         return Order(
             federation=self._roster.federation.hex(),
             epoch=self._roster.epoch,
@@ -224,10 +227,10 @@ class FieldChannel:
             run_id=self._run_id,
             site=self._numbers[site],
             kind=kind,
-            sequence=self._sequence,
+            sequence=self._orders.next(),
             about=about,
             # A greeting may reach another site than the one it names, whose ledger would seem an older copy.
-            seen=None if kind == "hello" else self._heads.of(site),
+            seen="" if kind == "hello" else self._heads.of(site),
         )
 
     def _taken_in(self, asked: Mapping[str, _Asked], now: float) -> Iterator[tuple[_Asked, Reply]]:
@@ -273,7 +276,7 @@ class FieldChannel:
             if answer.to != sequence and not _unread(answer):
                 raise WrongContext("an answer to another greeting")
             self._nodes[self._names[answer.site]] = node
-            self._heads.saw(self._names[answer.site], answer.ledger)
+            self._keep_statement(answer)
 
     def _outcome(self, each: _Asked, message: Message, now: float) -> Reply | None:
         """What a reply means: the end for this site, or something to do again."""
@@ -292,7 +295,7 @@ class FieldChannel:
                 raise WrongContext(f"site {each.site} answers another order")
         except CoadaptError as error:
             return Reply(each.site, None, error.code, 0, size)
-        self._heads.saw(each.site, answer.ledger)
+        self._keep_statement(answer)
         each.trouble = ""
         return self._answered(each, answer, payload, now)
 
@@ -335,7 +338,14 @@ class FieldChannel:
             self._run_id,
         ):
             raise WrongContext("an answer under another manifest or of another run")
+        if answer.ledger:
+            LedgerStatement.verified(bytes.fromhex(answer.ledger), self._roster, number)
         return answer, payload
+
+    def _keep_statement(self, answer: Answer) -> None:
+        """Of an answer that was verified."""
+        if answer.ledger:
+            self._heads.saw(self._names[answer.site], LedgerStatement.parse(bytes.fromhex(answer.ledger)))
 
 
 def _site_in(data: bytes) -> int:

@@ -15,16 +15,20 @@ from common.codec.state import AdapterState
 from common.config.annotate import annotated
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
-from common.errors import CoadaptError, RunError
+from common.errors import CoadaptError
 from common.flower import Grid, quiet
 from common.models import find_base, load_task_model
-from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
+from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped, read_events
 from common.roster import Roster
 from server.coordinator import Coordinator
 from server.enrolment import require_roster
 from server.field_channel import FieldChannel, Heads
 from server.field_summary import write_summary
 from server.home import CoordinatorHome, load_settings
+from server.order_numbers import OrderNumbers
+from server.public_records import PublicRecords, public_file
+from server.publishing import publish
+from server.resumed_events import OnlyNew
 from server.run_store import RunStore
 from server.secure_collection import SecureCollection
 
@@ -39,8 +43,7 @@ def prepared(home: CoordinatorHome) -> tuple[Manifest, Roster]:
     """
     manifest = load_manifest(home.manifest)
     roster = require_roster(home, manifest)
-    if manifest.evaluation.public is not None:
-        raise RunError("evaluation.public is read in simulations alone; leave it out between institutions")
+    public_file(manifest, home.manifest.parent)
     return manifest, roster
 
 
@@ -56,6 +59,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
     base = find_base(manifest.model)
     model = attach(load_task_model(base, manifest), manifest.adapter)
     first = first_state(model, manifest.training.seed)
+    path = public_file(manifest, home.manifest.parent)
+    public = PublicRecords(path, manifest, model, base) if path is not None else None
 
     def write_adapter(folder: Path, adapter: AdapterState) -> None:
         save_adapter(folder, model, adapter, base, manifest)
@@ -67,8 +72,10 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
         store.write("federation.toml", annotated(manifest))
     names = [entry.name for entry in roster.institutions]
     with contextlib.ExitStack() as stack:
-        log = EventLog(folder / "events.jsonl")
-        stack.callback(log.close)
+        events = folder / "events.jsonl"
+        written = EventLog(events)
+        stack.callback(written.close)
+        log = OnlyNew(list(read_events(events)), written)
         log(
             RunStarted(
                 run_id=run_id,
@@ -86,6 +93,7 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
             manifest_sha256=manifest.digest(),
             run_id=run_id,
             heads=Heads(home.folder / "ledger-heads.json"),
+            orders=OrderNumbers(home.folder / "order-number.txt"),
             stop=threading.Event(),
             phase_seconds=settings.phase_seconds,
             poll_seconds=settings.poll_seconds,
@@ -112,6 +120,8 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
             sums=sums,
             store=store,
             report=log,
+            public=public.measure if public is not None else None,
+            public_meanwhile=True,
             lost_rounds=settings.attempts,
         )
         log(PhaseStarted(phase="rounds"))
@@ -132,7 +142,17 @@ def run_field(grid: Grid, home: CoordinatorHome, run_id: str) -> None:
             raise
         finally:
             write_summary(store, manifest, roster, coordinator, status, reason, channel.reasons)
+            if status == "finished":
+                _publish(home, run_id)
             log(RunStopped(status=status, reason=reason))
+
+
+def _publish(home: CoordinatorHome, run_id: str) -> None:
+    """Let the sites fetch the result. What fails is noted, and a person can publish it: the run has finished."""
+    try:
+        publish(home, run_id)
+    except Exception as error:
+        _note(home.logs / "app.log", error)
 
 
 def _note(path: Path, error: Exception) -> None:

@@ -1,5 +1,7 @@
 """The gate: the only port that sites reach. It lets Flower's fleet calls through to the SuperLink, and nothing else.
 
+Beside them it answers one path itself: published files, for sites that sign for them (`server/releases.py`).
+
     python -P -m server.gate FOLDER [--log-json]      of the coordinator
 
 Flower's control API has no authentication: whoever reaches it may run code at every site. So a request passes only if
@@ -25,9 +27,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import CoadaptError
+from common.release import MOST_FETCH_BYTES, RELEASE_PATH
 from server.enrolment import admitted
 from server.gate_limits import HEADER_SECONDS, Buckets, Room, guarded, more_files, network_of
 from server.home import CoordinatorHome, CoordinatorSettings, load_settings
+from server.releases import Releases
 from server.superlink import READY_SECONDS, Control, loopback_certificate, superlink_url
 
 __all__ = ["FLEET", "access_line", "let_in", "make_gate", "server_of"]
@@ -67,8 +71,8 @@ Log = Callable[[Mapping[str, object]], None]
 class _OnlyFleet:
     """Outermost: looks at the raw path, before anything decodes or normalises it."""
 
-    def __init__(self, app: ASGIApp, buckets: Buckets) -> None:
-        self._app, self._buckets = app, buckets
+    def __init__(self, app: ASGIApp, buckets: Buckets, paths: frozenset[bytes]) -> None:
+        self._app, self._buckets, self._paths = app, buckets, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -76,7 +80,7 @@ class _OnlyFleet:
             return
         if scope["type"] != "http":
             return
-        if scope["method"] != "POST" or scope.get("raw_path") not in FLEET or scope["query_string"]:
+        if scope["method"] != "POST" or scope.get("raw_path") not in self._paths or scope["query_string"]:
             await Response(status_code=404)(scope, receive, send)
         elif not self._buckets.take(_host(scope), time.monotonic()):
             await Response(status_code=429, headers={"retry-after": "1"})(scope, receive, send)
@@ -150,10 +154,12 @@ def make_gate(
     verify: Path,
     log: Log | None = None,
     body_seconds: float = BODY_SECONDS,
+    releases: Releases | None = None,
 ) -> ASGIApp:
     """The gate before the SuperLink at `upstream` (https://127.0.0.1:PORT), whose certificate is in `verify`.
 
-    `log` gets the facts of each request; `body_seconds` is how long a request's body may take.
+    `log` gets the facts of each request; `body_seconds` is how long a request's body may take. Without `releases`
+    nothing is given out.
     """
     most = settings.most_request_bytes
     room = Room(most=8 * most, each=2 * most)
@@ -198,7 +204,22 @@ def make_gate(
         reply.raw_headers = _passed(answer.headers.raw, length=True)
         return reply
 
-    guard = _OnlyFleet(app, Buckets(settings.requests_per_second))
+    paths = FLEET
+    if releases is not None:
+        paths |= {RELEASE_PATH.encode()}
+
+        @app.post(RELEASE_PATH)
+        async def release(request: Request) -> Response:
+            held = _Held(room, _host(request.scope))
+            try:
+                async with asyncio.timeout(body_seconds):
+                    return releases.answer(await _body(request, MOST_FETCH_BYTES, held))
+            except (_TooLarge, _Full, TimeoutError, ClientDisconnect) as error:
+                return _refusal(error)
+            finally:
+                held.give()
+
+    guard = _OnlyFleet(app, Buckets(settings.requests_per_second), paths)
     return guard if log is None else _Logged(guard, log)
 
 
@@ -317,6 +338,7 @@ def main(arguments: list[str]) -> int:
         settings,
         verify=loopback_certificate(home),
         log=access_line if chosen.log_json else None,
+        releases=Releases(home),
     )
     server_of(gate, home, settings).run()
     return 0

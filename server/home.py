@@ -108,6 +108,11 @@ class CoordinatorHome:
         return self.folder / "runs"
 
     @property
+    def published(self) -> Path:
+        """Folder of what finished runs give to their sites; the gate serves from it alone."""
+        return self.folder / "published"
+
+    @property
     def processes(self) -> Path:
         """Folder of the running processes' ids."""
         return self.folder / "run"

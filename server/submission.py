@@ -32,21 +32,24 @@ def require_free(home: CoordinatorHome, control: Control) -> None:
     """Refuse a second run beside one that goes on.
 
     Flower takes up to a minute to miss an app that was killed. Whether one lives shows at once: it holds its run's
-    folder. Of one that does not, Flower's own record is closed here.
+    folder. Of one that does not, Flower's own record is closed here. Where Flower's database was lost the folder alone
+    tells.
 
     Raises:
         RunError: there is one.
     """
     for path in sorted(home.processes.glob(f"*.{_SUBMISSION}")):
         number = json.loads(path.read_bytes())["flower_run"]
-        if control.run(number).over:
+        found = control.run(number)
+        if found.over and found.known:
             continue
         name = path.name.removesuffix(f".{_SUBMISSION}")
-        starts = time.time() - path.stat().st_mtime < _START_SECONDS and not (home.runs / name).exists()
+        starts = found.known and time.time() - path.stat().st_mtime < _START_SECONDS and not (home.runs / name).exists()
         if starts or _stays_used(home.runs / name):
             raise RunError(f"run {name} goes on; wait for it, or end it with `coadapt run --stop {name}`")
-        with contextlib.suppress(ServiceError):  # Flower has just noticed it itself
-            control.stop(number)
+        if found.known:
+            with contextlib.suppress(ServiceError):  # Flower has just noticed it itself
+                control.stop(number)
 
 
 def _stays_used(folder: Path) -> bool:
@@ -115,8 +118,10 @@ def new_run_id(name: str) -> str:
 def follow(home: CoordinatorHome, submission: Submission) -> Iterator[Event]:
     """The run's events as they come, until its app has ended.
 
+    An app that was killed lets go of its run's folder at once, and Flower misses it a minute later.
+
     Raises:
-        RunError: the app ended before it could write any, with what Flower says of it.
+        RunError: the app ended before the run did, with what Flower says of it if Flower has noticed.
     """
     run_id, number, seen = submission.run_id, submission.number, submission.seen
     path = home.runs / run_id / "events.jsonl"
@@ -124,18 +129,20 @@ def follow(home: CoordinatorHome, submission: Submission) -> Iterator[Event]:
     with Control(home) as control:
         while True:
             over = control.run(number).over
+            gone = begun and not is_used(home.runs / run_id)  # before the events are read, so that none is missed
             for event in _from(path, seen):
                 seen += 1
                 begun = begun or isinstance(event, RunStarted)
                 yield event
                 if begun and isinstance(event, RunStopped):
                     return
-            if over:
+            if over or gone:
                 break
             time.sleep(_LOOK_SECONDS)
-        details = control.run(number).details
+        details = "" if gone else control.run(number).details
     raise RunError(
-        f"the coordinator's app of run {run_id} ended before the run did: {details or 'no reason given'}; resume it"
+        f"the coordinator's app of run {run_id} ended before the run did: {details or 'it was killed, or failed'};"
+        f" resume it"
         f" with coadapt run --resume {run_id}"
     )
 

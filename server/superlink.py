@@ -98,6 +98,11 @@ def _certificate(home: CoordinatorHome) -> tuple[Path, Path]:
     return certificate, key
 
 
+# What Flower says of a run that is not in its database, and what it is called here.
+_NO_SUCH_RUN = "Run ID not found"
+_UNKNOWN = "finished:unknown"
+
+
 @dataclass(frozen=True)
 class NodeState:
     """A registered node: Flower's id and status ("registered", "online", "offline"), and when it last came or went."""
@@ -118,8 +123,13 @@ class FlowerRun:
 
     @property
     def over(self) -> bool:
-        """Whether its app has ended."""
+        """Whether its app has ended, for all that Flower knows."""
         return self.status.startswith("finished")
+
+    @property
+    def known(self) -> bool:
+        """Whether Flower's database holds it: one that was lost or put back may not."""
+        return self.status != _UNKNOWN
 
 
 class Control:
@@ -219,8 +229,16 @@ class Control:
         from flwr.common.serde import run_from_proto
         from flwr.proto.control_pb2 import ListRunsRequest
 
-        with _told():
-            answer = self._client.ListRuns(ListRunsRequest(run_id=number))
+        try:
+            with _told():
+                answer = self._client.ListRuns(ListRunsRequest(run_id=number))
+        except ServiceError as error:
+            why = error.__cause__
+            if not isinstance(why, httpx.HTTPStatusError) or why.response.status_code != httpx.codes.NOT_FOUND:
+                raise
+            if _NO_SUCH_RUN not in why.response.text:
+                raise
+            return FlowerRun(number, _UNKNOWN, "Flower's database does not hold it")
         (found,) = (run_from_proto(each) for each in answer.run_dict.values())
         status = found.status
         return FlowerRun(number, ":".join(part for part in (status.status, status.sub_status) if part), status.details)

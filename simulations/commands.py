@@ -6,15 +6,21 @@ Commands import what they need when they run, so that `coadapt --help` answers a
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from client.commands import site
-from common.errors import CoadaptError, ManifestError, RunError
+from common.errors import BundleError, CoadaptError, ManifestError, RunError
+from server.assessment.commands import compare as compare_models
+from server.assessment.commands import evaluate
 from server.commands import coordinator
+from server.distillation.export_command import export
 from server.distillation.vocabulary_commands import vocabulary
+
+if TYPE_CHECKING:
+    from simulations.bundle_format import Facts
 
 __all__ = ["app", "main"]
 
@@ -29,6 +35,11 @@ app = typer.Typer(
 
 app.add_typer(site, name="site")
 app.add_typer(coordinator, name="coordinator")
+bundle = typer.Typer(help="Everything that an institution installs, in one file, where nothing can be downloaded.")
+app.add_typer(bundle, name="bundle")
+app.command()(evaluate)
+app.command()(export)
+app.command("compare")(compare_models)
 app.add_typer(vocabulary, name="vocabulary")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
@@ -182,6 +193,8 @@ def run(
     if summary.status != "finished":
         raise RunError(f"run {name} {summary.status}: {summary.reason}; go on with coadapt run --resume {name}")
     console.print(f"adapter: {place.runs / name / 'adapter'}", highlight=False, soft_wrap=True)
+    if (place.published / name).is_dir():
+        console.print(f"sites bring it with: coadapt site fetch {name}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -225,6 +238,43 @@ def check(manifest: ManifestPath, data: DataFolder = None, overrides: Overrides 
 
 
 @app.command()
+def distill(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder, or a model's.")],
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Public text of the domain, labels not needed. Repeatable."),
+    ] = None,
+    dev: Annotated[Path | None, typer.Option(metavar="FILE", help="Labelled records that choices are made on.")] = None,
+    test: Annotated[Path | None, typer.Option(metavar="FILE", help="Labelled records to measure steps on.")] = None,
+    data: DataFolder = None,
+    base: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the run's base model lies.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder; default: RUN/compact.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP", help="Take this step alone: vocabulary, terms, student or train. Repeatable."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a compact model of a run from public text, and measure every step."""
+    from simulations.distill import distill as work
+
+    work(
+        run,
+        out,
+        corpus=corpus or (),
+        dev=dev,
+        test=test,
+        data=data,
+        base=base,
+        only=only or (),
+        overrides=overrides or (),
+        console=Console(),
+        as_json=as_json,
+    )
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation, dp-step or secure-sum.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -243,6 +293,54 @@ def bench(
     from simulations.benchmarks.bench import print_bench
 
     print_bench(name, as_json=as_json, sites=sites or (), rounds=rounds, values=values or (), repetitions=repetitions)
+
+
+@bundle.callback(invoke_without_command=True)
+def make_bundle(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The tar file to write.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: a directory or a hub id; default: Coadapt's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the base's hub repository.")] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="Also what an extra needs: compact. Repeatable.")] = None,
+    wheel: Annotated[Path | None, typer.Option(metavar="FILE", help="Coadapt's wheel; default: built here.")] = None,
+    constraints: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Pinned versions; default: Coadapt's constraints.txt.")
+    ] = None,
+) -> None:
+    """Write wheels and base model, by digest, into one tar file."""
+    if context.invoked_subcommand is not None:
+        return
+    if out is None:
+        raise BundleError("--out FILE.tar says where to write the bundle")
+    from simulations.bundle import make_bundle as make
+
+    facts, digest = make(out, base=base, revision=revision, extras=extra or (), wheel=wheel, constraints=constraints)
+    _print_bundle(out, facts, digest)
+
+
+@bundle.command("check")
+def check_bundle(file: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.")]) -> None:
+    """Compare every byte of a bundle with its digests."""
+    from simulations.bundle_format import check_bundle as read
+
+    _print_bundle(file, *read(file))
+
+
+def _print_bundle(path: Path, facts: "Facts", digest: str) -> None:
+    from simulations.bundle_format import machine
+
+    size = sum(file.size for file in facts.files.values())
+    wheels = sum(name.endswith(".whl") for name in facts.files)
+    lines = [
+        f"{path}: Coadapt {facts.coadapt}, {wheels} wheels, {size} bytes, for Python {facts.python} on"
+        f" {facts.platform}",
+        f"base {facts.base.name}, weights {facts.base.weights_sha256}",
+        f"SHA-256 of the file, to compare by phone: {digest}",
+    ]
+    if machine() != (facts.python, facts.platform):
+        lines.append(f"warning: this is Python {machine()[0]} on {machine()[1]}, where it does not install")
+    for line in lines:
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

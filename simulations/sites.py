@@ -15,14 +15,23 @@ from client.protection import Population, protected_units, published
 from client.units import require_disjoint_units, split_units, units_of
 from common.config.manifest import Manifest
 from common.config.simulation import SimulationSection
-from common.data_files import Cleaning, parse_rows, read_records, write_records
+from common.data_files import Cleaning, parse_rows, read_records, require_digest, write_records
 from common.durable import write_text
 from common.errors import CoadaptError, DataError, ExtensionError, RunError
 from common.extensions import load
 from common.records import Record, TextRecord, TokensRecord
 from simulations.partitioners import deal, partition
 
-__all__ = ["POOLED", "FederationData", "label_counts", "lay_out", "populations", "read_federation", "simulation_of"]
+__all__ = [
+    "POOLED",
+    "FederationData",
+    "label_counts",
+    "lay_out",
+    "populations",
+    "read_federation",
+    "read_split",
+    "simulation_of",
+]
 
 # The pretend site of the centralised baseline, which holds all records; no site can be named so.
 POOLED = "pooled records of all sites"
@@ -76,6 +85,9 @@ def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationDa
             cleaning += cleaned
     public: list[Record] = []
     if manifest.evaluation.public is not None:
+        if manifest.evaluation.public_sha256 is not None:
+            path = _found(manifest.evaluation.public, folders, "public")
+            require_digest(path, manifest.evaluation.public_sha256, what="evaluation.public")
         public, _ = _records(manifest, manifest.evaluation.public, "public", folders)
         if not public:
             raise DataError("evaluation.public: the file holds no records")
@@ -103,6 +115,11 @@ def read_federation(manifest: Manifest, folders: Sequence[Path]) -> FederationDa
         if not records:
             raise DataError(f"site {site!r} has no training records; use fewer sites or another partitioner")
     return FederationData(owned, held_out, test, cleaning, public)
+
+
+def read_split(manifest: Manifest, split: str, folders: Sequence[Path]) -> list[Record]:
+    """The records that a simulation's own source gives for a split, such as public text to distil on."""
+    return _records(manifest, None, split, folders)[0]
 
 
 def _records(

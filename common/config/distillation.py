@@ -10,7 +10,7 @@ from common.config.section import FileName, Section
 __all__ = ["DistillationSection", "Share"]
 
 Share = Annotated[str, StringConstraints(pattern=r"^1/[1-9][0-9]{0,2}$")]
-Export = Literal["safetensors", "adapter", "onnx", "onnx-int8", "onnx-int4", "gguf", "triton"]
+Export = Literal["safetensors", "adapter", "onnx", "onnx-int8", "onnx-int4", "gguf", "gguf-f16", "gguf-f32", "triton"]
 
 
 class DistillationSection(Section):

@@ -410,12 +410,22 @@ class EvaluationSection(Section):
         description="file of public records to measure on instead, which belong to no site; with privacy nothing else"
         " is measured during a run",
     )
+    public_sha256: Sha256 | None = Field(
+        None,
+        description="SHA-256 of the file of public records; required between institutions, so that all agree on it",
+    )
     every: int = Field(1, ge=1, description="rounds from one measuring to the next; the last round is always measured")
     max_records: int = Field(500, ge=1, description="most held-out records that a site measures on in a round")
     batch_size: int = Field(64, ge=1, le=65536, description="records in one forward pass when measuring")
     select: Literal["last", "best"] = Field(
         "last", description="the round whose adapter is the result: the last, or the best on the held-out records"
     )
+
+    @model_validator(mode="after")
+    def _a_digest_is_of_a_file(self) -> Self:
+        if self.public_sha256 is not None and self.public is None:
+            raise ValueError("public_sha256 is the digest of the file that public names, and public names none")
+        return self
 
 
 class Manifest(Section):

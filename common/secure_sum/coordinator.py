@@ -29,6 +29,7 @@ from common.errors import (
     WrongContext,
 )
 from common.identity import Identity
+from common.ledger_statement import LedgerStatement
 from common.roster import Roster
 from common.secure_sum import derivations, graph
 from common.secure_sum.config import RoundConfig, round_context
@@ -57,6 +58,7 @@ from common.secure_sum.messages import (
 )
 from common.secure_sum.opening import open_secret
 from common.secure_sum.primitives import loaded, new_private_key, public_key, shared_secret
+from common.secure_sum.witness import require_statements
 
 __all__ = ["CoordinatorRound", "Opened", "Stage", "SumRecord"]
 
@@ -334,6 +336,7 @@ class CoordinatorRound:
     def _accept_keys(self, site: int, body: Advertise) -> None:
         if body.context != self.context:
             raise WrongContext(f"site {site} knows another adapter, configuration or roster")
+        require_statements(body, site, self._roster)  # every other site would refuse a false one
         every = {
             key
             for message in self._answers[Stage.ADVERTISE].values()
@@ -363,6 +366,8 @@ class CoordinatorRound:
     def _accept_confirmation(self, site: int, body: Confirm) -> None:
         if body.list_hash != self._list_hash:
             raise SurvivorsRefused(f"site {site} confirmed another list of survivors")
+        if body.ledger:
+            LedgerStatement.verified(body.ledger, self._roster, site)
 
     def _accept_shares_revealed(self, site: int, body: Reveal) -> None:
         if body.list_hash != self._list_hash:

@@ -12,13 +12,14 @@ import abc
 import enum
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
 
 from common.errors import MalformedMessage
 from common.identity import SIGNATURE_BYTES, Identity, verify
+from common.ledger_statement import STATEMENT_BYTES
 from common.roster import FEDERATION_BYTES
 from common.secure_sum.primitives import HASH_BYTES, KEY_BYTES, TAG_BYTES
 from common.secure_sum.shamir import SHARE_BYTES
@@ -27,6 +28,7 @@ from common.secure_sum.wire import Reader, pack_all, pack_by_site, pack_sites
 __all__ = [
     "COORDINATOR",
     "MOST_BYTES",
+    "MOST_HANDED_BACK",
     "SEALED_BYTES",
     "Advertise",
     "Body",
@@ -53,14 +55,18 @@ VERSION = 1
 COORDINATOR = 0xFFFF
 MOST_WORDS = 1 << 31
 MOST_CONFIG_BYTES = 4096
-# More than the keys of 2,048 sites take; only a vector may be longer.
-MOST_BYTES = 1 << 20
+# More than the keys of 2,048 sites take, with statements of their ledgers; only a vector may be longer.
+MOST_BYTES = 4 << 20
+# So many peers' statements a site hands back at most: with a hundred sites a list of keys is then 160 kB.
+MOST_HANDED_BACK = 8
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 _LABEL = b"secsum/1"
 _HEADER = struct.Struct(f"<BB{FEDERATION_BYTES}sIQHH")
-ADVERTISE_BYTES = _HEADER.size + 4 * KEY_BYTES + SIGNATURE_BYTES
-CONFIRM_BYTES = _HEADER.size + HASH_BYTES + SIGNATURE_BYTES
+_FRAME_BYTES = _HEADER.size + SIGNATURE_BYTES
+_STATED_BYTES = 1 + STATEMENT_BYTES
+MOST_ADVERTISE_BYTES = _FRAME_BYTES + 4 * KEY_BYTES + _STATED_BYTES + 2 + MOST_HANDED_BACK * (2 + STATEMENT_BYTES)
+MOST_CONFIRM_BYTES = _FRAME_BYTES + HASH_BYTES + _STATED_BYTES
 
 
 @dataclass(frozen=True)
@@ -133,22 +139,32 @@ class RoundStart(Body):
 
 @dataclass(frozen=True)
 class Advertise(Body):
-    """Site: its context, two one-time X25519 keys, and the commitment to the seed of its own mask."""
+    """Site: its context, two one-time X25519 keys, and the commitment to the seed of its own mask.
+
+    `ledger` is its statement of its ledger's end, empty where it has none; `seen` hands back those of its peers.
+    """
 
     kind = Kind.ADVERTISE
     context: bytes
     sealing_key: bytes
     masking_key: bytes
     seed_commitment: bytes
+    ledger: bytes = b""
+    seen: Mapping[int, bytes] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return b"".join([self.context, self.sealing_key, self.masking_key, self.seed_commitment])
+        keys = (self.context, self.sealing_key, self.masking_key, self.seed_commitment)
+        return b"".join([*keys, _stated(self.ledger), pack_by_site(self.seen)])
 
     @classmethod
     def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
-        return cls(*(reader.take(KEY_BYTES) for _ in range(4)))
+        context, sealing, masking, commitment = (reader.take(KEY_BYTES) for _ in range(4))
+        ledger, seen = _statement(reader), reader.by_site(STATEMENT_BYTES)
+        if len(seen) > MOST_HANDED_BACK:
+            raise MalformedMessage(f"a site hands back {len(seen)} statements and may hand back {MOST_HANDED_BACK}")
+        return cls(context, sealing, masking, commitment, ledger, seen)
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,7 @@ class KeyList(Body):
     @classmethod
     def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
-        return cls(reader.packets(ADVERTISE_BYTES))
+        return cls(reader.packets(MOST_ADVERTISE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -252,19 +268,20 @@ class Survivors(Body):
 
 @dataclass(frozen=True)
 class Confirm(Body):
-    """Site: the one list of survivors that it has seen."""
+    """Site: the one list of survivors that it has seen; `ledger` is its statement after the round's charge."""
 
     kind = Kind.CONFIRM
     list_hash: bytes
+    ledger: bytes = b""
 
     def encode(self) -> bytes:
         """See `Body`."""
-        return self.list_hash
+        return self.list_hash + _stated(self.ledger)
 
     @classmethod
     def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
-        return cls(reader.take(HASH_BYTES))
+        return cls(reader.take(HASH_BYTES), _statement(reader))
 
 
 @dataclass(frozen=True)
@@ -281,7 +298,7 @@ class ConfirmList(Body):
     @classmethod
     def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
-        return cls(reader.packets(CONFIRM_BYTES))
+        return cls(reader.packets(MOST_CONFIRM_BYTES))
 
 
 class Revealed(enum.IntEnum):
@@ -354,6 +371,19 @@ class Complaint(Body):
     def parse(cls, reader: Reader) -> Self:
         """See `Body`."""
         return cls(reader.number(2), reader.take(HASH_BYTES))
+
+
+def _stated(ledger: bytes) -> bytes:
+    """A statement of a ledger, or none."""
+    return bytes([bool(ledger)]) + ledger
+
+
+def _statement(reader: Reader) -> bytes:
+    """What `_stated` wrote."""
+    there = reader.number(1)
+    if there > 1:
+        raise MalformedMessage("a message holds neither a statement of a ledger nor none")
+    return reader.take(STATEMENT_BYTES * there)
 
 
 _BODIES: dict[int, type[Body]] = {

@@ -9,7 +9,8 @@
 
 The site believes the coordinator nothing: what it insists on stands in its roster and its own policy. Of each peer it
 reveals one secret or the other, by one list of survivors, which it has seen confirmed by at least t sites; then it
-forgets all of them. Whatever is wrong raises a SecureSumError, and then the attempt is over for this site.
+forgets all of them. Where it has a ledger, what its peers hand back of that is heard before any share is sent. Whatever
+is wrong raises a SecureSumError (or the witness's own), and then the attempt is over for this site.
 """
 
 from collections.abc import Callable
@@ -61,17 +62,20 @@ from common.secure_sum.messages import (
 from common.secure_sum.primitives import KEY_BYTES, Label, digest, loaded, new_private_key, public_key, seal, unseal
 from common.secure_sum.shamir import PRIME, SHARE_BYTES, split
 from common.secure_sum.state import MemoryStore, PeerKeys, Phase, SiteMemory, SiteState
+from common.secure_sum.witness import Witness, witnessed
 
 __all__ = ["Site", "SiteRound", "refuse", "release", "start", "step"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """What stays over rounds: the institution's key, the verified roster and the site's policy."""
+    """What stays over rounds: the institution's key, the verified roster and the site's policy; where it has a ledger
+    also what it tells of that and remembers of others'."""
 
     identity: Identity
     roster: Roster
     policy: SumPolicy
+    witness: Witness | None = None
 
     @property
     def number(self) -> int:
@@ -134,7 +138,10 @@ def start(site: Site, memory: SiteMemory, agreed: Agreed, data: bytes) -> tuple[
     )
     sealing, masking, seed = new_private_key(), new_private_key(), system_bytes(KEY_BYTES)
     commitment = derivations.seed_commitment(context, site.number, seed)
-    answer = site.signed(turn, Advertise(context, public_key(sealing), public_key(masking), commitment))
+    own, seen = b"", dict[int, bytes]()
+    if site.witness is not None:
+        own, seen = site.witness.says(), dict(site.witness.recalls(witnessed(body.invited, site.number, turn)))
+    answer = site.signed(turn, Advertise(context, public_key(sealing), public_key(masking), commitment, own, seen))
     state = SiteState(
         phase=Phase.KEYS,
         turn=turn,
@@ -218,6 +225,9 @@ def _take_keys(site: Site, state: SiteState, body: KeyList) -> tuple[SiteState, 
     if len(set(every)) != len(every):
         raise KeyRefused("the list of keys holds a key twice")
     site.require_crowd(len(keys), state.config.least_survivors)
+    if site.witness is not None:  # before anything more is sent: an older copy of the ledger shows here
+        said = {peer.site: peer.ledger for peer in keys if peer.ledger and peer.site != state.site}
+        site.witness.hears(said, [peer.handed_back for peer in keys if peer.handed_back])
     keys_hash = derivations.hash_keys(state.context, body.advertised)
     around = graph.around(keys_hash, sites, state.config.degree, state.site)
     holders = sorted({*around, state.site})
@@ -258,7 +268,8 @@ def _checked_key(site: Site, state: SiteState, raw: bytes) -> PeerKeys:
         raise WrongContext(
             f"site {message.sender} was shown another adapter, configuration or roster than this one; nothing was sent"
         )
-    return PeerKeys(message.sender, message.body.sealing_key, message.body.masking_key)
+    body = message.body
+    return PeerKeys(message.sender, body.sealing_key, body.masking_key, body.ledger, body.seen.get(state.site, b""))
 
 
 def _take_shares(site: Site, state: SiteState, body: ShareForward) -> tuple[SiteState, bytes | None]:
@@ -306,12 +317,13 @@ def _take_survivors(site: Site, state: SiteState, body: Survivors) -> tuple[Site
         ring.require_connected(set(survivors), state.config.most_gone)
     list_hash = derivations.hash_survivors(state.peers_hash, body.vector_hashes)
     after = replace(state, phase=Phase.CONFIRMATIONS, survivors=survivors, list_hash=list_hash)
-    return after, site.signed(state.turn, Confirm(list_hash))
+    own = b"" if site.witness is None else site.witness.says()
+    return after, site.signed(state.turn, Confirm(list_hash, own))
 
 
 def _take_confirmations(site: Site, state: SiteState, body: ConfirmList) -> tuple[SiteState, bytes | None]:
     """Reveal one share of each neighbour, once at least t sites have signed the same list."""
-    confirmed = set()
+    confirmed, said = set(), dict[int, bytes]()
     for raw in body.confirmed:
         message = read(raw, site.roster.public_key_of)
         if not isinstance(message.body, Confirm) or message.turn != state.turn:
@@ -323,10 +335,14 @@ def _take_confirmations(site: Site, state: SiteState, body: ConfirmList) -> tupl
         if message.sender not in state.survivors or message.sender in confirmed:
             raise SurvivorsRefused("a confirmation is there twice or of a site that is no survivor")
         confirmed.add(message.sender)
+        if message.body.ledger and message.sender != state.site:
+            said[message.sender] = message.body.ledger
     if len(confirmed) < state.config.threshold:
         raise TooFewSites(
             f"{len(confirmed)} sites confirmed the survivors and {state.config.threshold} must; nothing was revealed"
         )
+    if site.witness is not None:
+        site.witness.hears(said, [])
     shares = {
         peer: (Revealed.SEED, seed) if peer in state.survivors else (Revealed.KEY, masking)
         for peer, seed, masking in state.shares

@@ -105,13 +105,15 @@ class Phase(enum.StrEnum):
 
 @dataclass(frozen=True)
 class PeerKeys:
-    """A site's one-time keys."""
+    """A site's one-time keys; its statement of its ledger, and the one that it hands back, where it has them."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _AS_HEX
 
     site: int
     sealing: bytes
     masking: bytes
+    ledger: bytes = b""
+    handed_back: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,12 +45,18 @@ class Reader:
             last = site
         return found
 
-    def packets(self, size: int, most: int = MOST_INSTITUTIONS) -> tuple[bytes, ...]:
-        """A list of values of `size` bytes."""
+    def packets(self, largest: int, most: int = MOST_INSTITUTIONS) -> tuple[bytes, ...]:
+        """A list of values of up to `largest` bytes, each after its length."""
         count = self.number(2)
         if count > most:
             raise MalformedMessage(f"a message lists {count} sites and may list {most}")
-        return tuple(self.take(size) for _ in range(count))
+        return tuple(self._packet(largest) for _ in range(count))
+
+    def _packet(self, largest: int) -> bytes:
+        size = self.number(2)
+        if size > largest:
+            raise MalformedMessage(f"a part of a message has {size} bytes and may have {largest}")
+        return self.take(size)
 
     def end(self) -> None:
         """Refuse anything that follows."""
@@ -73,4 +79,7 @@ def pack_sites(sites: tuple[int, ...]) -> bytes:
 
 def pack_all(values: tuple[bytes, ...]) -> bytes:
     """What `Reader.packets` reads."""
-    return b"".join([len(values).to_bytes(2, "little"), *values])
+    parts = [len(values).to_bytes(2, "little")]
+    for value in values:
+        parts += [len(value).to_bytes(2, "little"), value]
+    return b"".join(parts)

@@ -1,5 +1,6 @@
-"""The parts of a transformer's blocks that layer choice and pruning work on, for BERT's and Llama's family."""
+"""The blocks of a transformer and the parts of each that can be made smaller: heads and feed-forward columns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,104 +9,106 @@ from torch import nn
 from common.errors import DistillationError
 from common.models import body_of
 
-__all__ = ["Parts", "Shape", "block_list", "parts_of", "shape_of"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How large a transformer's inside is: layers; attention heads and feed-forward columns of each layer.
-
-    Where several query heads share one key and value head (Ainslie et al. 2023), `heads` counts those shared ones: a
-    group goes or stays as a whole.
-    """
-
-    layers: int
-    heads: int
-    columns: int
+__all__ = ["Parts", "blocks_of", "config_of", "parts_of"]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The linear layers of one block. `group` query heads of `width` each share a key and value head."""
+    """The linear layers of one block.
 
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention_out: nn.Linear
-    into: tuple[nn.Linear, ...]
-    """what leads into the feed-forward layer's inside: one layer, or gate and up"""
+    `queries`, `keys` and `values` have a row for each place of each head, `out` a column; `up` (one, or gate and up)
+    have a row for each feed-forward column, `down` a column. A group is what keys and values share: one head, or in
+    grouped-query attention (Ainslie et al. 2023) several heads with one pair of keys and values.
+    """
+
+    queries: nn.Linear
+    keys: nn.Linear
+    values: nn.Linear
     out: nn.Linear
-    width: int
-    group: int
+    up: tuple[nn.Linear, ...]
+    down: nn.Linear
+    head_width: int
 
     @property
-    def heads(self) -> int:
-        """Key and value heads."""
-        return self.key.out_features // self.width
+    def groups(self) -> int:
+        """Groups of heads that the block has now."""
+        return self.keys.out_features // self.head_width
 
     @property
     def columns(self) -> int:
-        """Feed-forward columns."""
-        return self.out.in_features
+        """Feed-forward columns that the block has now."""
+        return self.down.in_features
 
 
-def block_list(network: nn.Module) -> nn.ModuleList:
-    """The transformer's blocks, in order: the model's longest list of modules.
-
-    Raises:
-        DistillationError: it has none.
-    """
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    found = max(lists, key=len, default=None)
-    if not found:
-        raise DistillationError("the model has no list of transformer blocks; a compact model is made of such blocks")
-    return found
-
-
-def parts_of(network: nn.Module) -> list[Parts]:
-    """The parts of every block.
-
-    Raises:
-        DistillationError: the architecture is none that is known here.
-    """
-    return [_parts(block) for block in block_list(network)]
-
-
-def shape_of(network: nn.Module) -> Shape:
-    """The network's shape; all layers are alike, since pruning keeps them so."""
-    parts = parts_of(network)
-    return Shape(len(parts), parts[0].heads, parts[0].columns)
+# Where the layers lie in a block: queries, keys, values, out, up, down.
+_PLACES = (
+    (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        ("intermediate.dense",),
+        "output.dense",
+    ),
+    ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", ("ffn.lin1",), "ffn.lin2"),
+    (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_proj",
+    ),
+)
 
 
 def config_of(network: nn.Module) -> Any:
-    """The transformer's configuration, which changes with it."""
-    return cast(Any, body_of(network)).config
+    """The configuration of a task model's transformer."""
+    return body_of(network).config
 
 
-def _parts(block: nn.Module) -> Parts:
-    one = cast(Any, block)
-    if hasattr(one, "self_attn") and hasattr(one, "mlp") and hasattr(one.mlp, "gate_proj"):
-        attention, mlp = one.self_attn, one.mlp
-        linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        sizes = int(attention.head_dim), int(attention.num_key_value_groups)
-        return _checked(block, Parts(*linear, (mlp.gate_proj, mlp.up_proj), mlp.down_proj, *sizes))
-    if hasattr(one, "attention") and hasattr(one, "intermediate") and hasattr(one.attention, "self"):
-        inner = one.attention.self
-        linear = (inner.query, inner.key, inner.value, one.attention.output.dense)
-        width = int(inner.attention_head_size)
-        return _checked(block, Parts(*linear, (one.intermediate.dense,), one.output.dense, width, 1))
-    raise _unknown(block)
+def blocks_of(network: nn.Module) -> nn.ModuleList:
+    """The list of the network's transformer blocks.
 
-
-def _checked(block: nn.Module, parts: Parts) -> Parts:
-    layers = (parts.query, parts.key, parts.value, parts.attention_out, *parts.into, parts.out)
-    if not all(isinstance(layer, nn.Linear) for layer in layers):
-        raise _unknown(block)
-    return parts
-
-
-def _unknown(block: nn.Module) -> DistillationError:
-    return DistillationError(
-        f"blocks of the kind {type(block).__name__} cannot be pruned; those of BERT, RoBERTa, Llama, Qwen and Mistral"
-        " models can: make the compact model smaller by vocabulary and layers alone"
+    Raises:
+        DistillationError: it has none that is as long as its configuration says.
+    """
+    wanted = config_of(network).num_hidden_layers
+    for module in network.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise DistillationError(
+        f"the base is no transformer with a list of {wanted} blocks, so layers cannot be chosen; use a BERT-like"
+        " encoder or a Llama-like decoder"
     )
+
+
+def parts_of(network: nn.Module) -> list[Parts]:
+    """The parts of every block, first to last.
+
+    Raises:
+        DistillationError: the blocks are of a kind that is not known here.
+    """
+    config = config_of(network)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [_parts(block, int(width)) for block in blocks_of(network)]
+
+
+def _parts(block: nn.Module, width: int) -> Parts:
+    for queries, keys, values, out, up, down in _PLACES:
+        found = [_linear(block, name) for name in (queries, keys, values, out, *up, down)]
+        if all(found):
+            layers = cast(Sequence[nn.Linear], found)
+            return Parts(layers[0], layers[1], layers[2], layers[3], tuple(layers[4:-1]), layers[-1], width)
+    raise DistillationError(
+        f"blocks of the kind {type(block).__name__} cannot be pruned here; use a BERT-like encoder or a Llama-like"
+        " decoder, or leave the step 'student' out"
+    )
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear | None:
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Linear) else None

@@ -106,6 +106,8 @@ def load_model(folder: Path) -> DomainModel:
             " `coadapt distill` or `coadapt export` wrote"
         ) from error
     for name, digest in digests.items():
+        if name.endswith((".onnx", ".gguf")):  # whole models of their own, which may be left behind
+            continue
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise DistillationError(f"{folder / name} was changed or is gone since the model was stored; restore it")
     try:

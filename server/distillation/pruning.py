@@ -1,6 +1,12 @@
-"""Structured pruning: attention heads and feed-forward columns go by importance, and the matrices become smaller."""
+"""Structured pruning: heads and feed-forward columns that matter least are taken out, and matrices get really smaller.
+
+Importance of a unit is the sum of |weight x gradient| over what leads out of it, the gradient being that of the
+cross-entropy to the model's own likeliest answer on unlabelled text (Michel et al. 2019, section 4; Molchanov et al.
+2019, equation 8, the first-order term).
+"""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,132 +15,134 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import DistillationError
-from common.randomness import seeded
-from server.distillation.blocks import Parts, block_list, config_of, parts_of
-from server.distillation.corpus import Corpus, encode
+from common.records import Record
+from server.distillation.blocks import Parts, blocks_of, config_of, parts_of
 from server.distillation.domain_model import DomainModel
 
 __all__ = ["Importance", "head_and_column_importance", "prune"]
 
+BATCH = 16
+
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each part matters: `heads` [layers, heads] and `columns` [layers, columns], at least 0."""
+    """For every layer the importance of its groups of heads [groups] and of its feed-forward columns [columns]."""
 
-    heads: Tensor
-    columns: Tensor
+    heads: tuple[Tensor, ...]
+    columns: tuple[Tensor, ...]
 
 
-def head_and_column_importance(
-    model: DomainModel, corpus: Corpus, *, most: int = 512, batch_size: int = 16, seed: int = 0
-) -> Importance:
-    """Sum of |weight x gradient| over each head's and column's way out, on at most `most` texts.
-
-    The gradient is that of the cross-entropy to what the model itself says, so no labels are needed: with text
-    classification the likeliest label, else the likeliest tag of each word or next token of each place. Michel et al.
-    2019 (section 4.1) take the gradient of a gate on each head; here it is taken weight by weight, which serves heads
-    and columns alike (Molchanov et al. 2019, section 3.1, the first-order expansion without the square). Batches are
-    taken one by one, so signs of different batches do not cancel.
-    """
-    network = copy.deepcopy(model.network).eval().requires_grad_(False)
+def head_and_column_importance(model: DomainModel, records: Sequence[Record]) -> Importance:
+    """Importance of every group and column, summed over batches of the records; labels are not read."""
+    if not records:
+        raise DistillationError("importance is measured on at least one text, found none; give a larger corpus")
+    network, task = model.network, model.task
     parts = parts_of(network)
-    ways_out = [weight for part in parts for weight in (part.attention_out.weight, part.out.weight)]
-    for weight in ways_out:
-        weight.requires_grad_(True)
-    task, examples = model.task, encode(model, corpus.records)
-    chosen = seeded(seed, "pruning", "texts").permutation(len(examples))[:most]
-    picked = sorted((examples[index] for index in chosen), key=lambda example: len(example.tokens))
-    heads = torch.zeros(len(parts), parts[0].heads)
-    columns = torch.zeros(len(parts), parts[0].columns)
-    for start in range(0, len(picked), batch_size):
-        batch = task.collate(picked[start : start + batch_size], ways_out[0].device)
-        loss = _own_answer_loss(network(**batch.inputs()), batch.targets, batch.attention_mask)
-        for row, found in enumerate(torch.autograd.grad(loss, ways_out)):
-            layer, weight = row // 2, ways_out[row]
-            sums = (weight * found).detach().abs().sum(dim=0).cpu()
-            if row % 2:
-                columns[layer] += sums
-            else:
-                heads[layer] += sums.view(parts[layer].heads, -1).sum(dim=1)
-    return Importance(heads, columns)
+    watched = [weight for part in parts for weight in (part.out.weight, part.down.weight)]
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    heads = [torch.zeros(part.groups) for part in parts]
+    columns = [torch.zeros(part.columns) for part in parts]
+    examples = sorted(task.encode(records).examples, key=lambda example: len(example.tokens))
+    network.eval()
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for weight in watched:
+            weight.requires_grad_(True)
+        for start in range(0, len(examples), BATCH):
+            batch = task.collate(examples[start : start + BATCH], torch.device("cpu"))
+            output = network(**batch.inputs())
+            loss = _own_answer_loss(output, batch.attention_mask)
+            grads = torch.autograd.grad(loss, watched)
+            for layer, part in enumerate(parts):
+                out, down = grads[2 * layer], grads[2 * layer + 1]
+                by_place = (part.out.weight * out).abs().sum(dim=0).detach()
+                heads[layer] += by_place.view(part.groups, -1).sum(dim=1)
+                columns[layer] += (part.down.weight * down).abs().sum(dim=0).detach()
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
+    return Importance(tuple(heads), tuple(columns))
 
 
-def _own_answer_loss(output: Any, targets: Tensor, mask: Tensor) -> Tensor:
-    """Summed cross-entropy to the likeliest class; of tokens those that a tag or a next token is read from."""
-    if isinstance(output, Tensor):
-        return functional.cross_entropy(output, output.argmax(dim=-1), reduction="sum")
-    read = targets != -100 if bool((targets != -100).any()) else mask.bool()
-    logits = output.logits[read]
-    return functional.cross_entropy(logits, logits.argmax(dim=-1), reduction="sum")
+def _own_answer_loss(output: Any, mask: Tensor) -> Tensor:
+    """Summed cross-entropy to the model's own likeliest answers; padding takes no part."""
+    logits = output if isinstance(output, Tensor) else output.logits[mask.bool()]
+    return functional.cross_entropy(logits, logits.argmax(dim=-1).detach(), reduction="sum")
 
 
 def prune(model: DomainModel, *, heads: int, columns: int, importance: Importance) -> DomainModel:
-    """A copy that keeps the most important `heads` and `columns` of every layer, in their order.
-
-    The result computes what the whole model would compute with the other heads' and columns' outputs at zero. Widths
-    are the same in all layers, so that one number in the configuration says them; a BERT configuration has no number
-    for pruned heads, a Llama or Qwen one has.
+    """A copy in which every layer keeps its `heads` most important groups and `columns` feed-forward columns.
 
     Raises:
-        DistillationError: more than there are, or none.
+        DistillationError: a layer has fewer.
     """
     network = copy.deepcopy(model.network)
     parts = parts_of(network)
-    for what, wanted, found in (("heads", heads, parts[0].heads), ("columns", columns, parts[0].columns)):
-        if not 1 <= wanted <= found:
-            raise DistillationError(f"{what} must be 1 to the {found} that a layer has, found {wanted}")
     for layer, part in enumerate(parts):
-        kept_heads, kept_columns = kept(importance, layer, heads=heads, columns=columns)
-        _prune_block(part, kept_heads, kept_columns)
-    _tell_configuration(network, parts[0].group, heads, columns)
+        for what, wanted, there in (("heads", heads, part.groups), ("columns", columns, part.columns)):
+            if not 1 <= wanted <= there:
+                raise DistillationError(
+                    f"layer {layer} has {there} {what}; from 1 to {there} can be kept, not {wanted}"
+                )
+        _keep_groups(part, _best(importance.heads[layer], heads))
+        _keep_columns(part, _best(importance.columns[layer], columns))
+    _tell_config(network, heads, columns)
     return DomainModel(network, model.tokenizer, model.manifest)
 
 
-def kept(importance: Importance, layer: int, *, heads: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Indices of the heads and columns of a layer that stay, each in rising order."""
-    return (
-        importance.heads[layer].topk(heads).indices.sort().values,
-        importance.columns[layer].topk(columns).indices.sort().values,
-    )
+def _best(importance: Tensor, count: int) -> Tensor:
+    """The numbers of the `count` largest, in ascending order."""
+    return importance.topk(count).indices.sort().values
 
 
-def _prune_block(part: Parts, heads: Tensor, columns: Tensor) -> None:
-    shared = _rows(heads, part.width)
-    own = _rows(heads, part.width * part.group)
-    _keep_rows(part.query, own)
-    _keep_rows(part.key, shared)
-    _keep_rows(part.value, shared)
-    _keep_columns(part.attention_out, own)
-    for linear in part.into:
-        _keep_rows(linear, columns)
-    _keep_columns(part.out, columns)
+def _keep_groups(part: Parts, groups: Tensor) -> None:
+    shared = part.head_width
+    together = part.queries.out_features // part.groups
+    own, kept = _places(groups, together), _places(groups, shared)
+    _keep_rows(part.queries, own)
+    _keep_rows(part.keys, kept)
+    _keep_rows(part.values, kept)
+    _keep_inputs(part.out, own)
 
 
-def _rows(heads: Tensor, width: int) -> Tensor:
-    return (heads[:, None] * width + torch.arange(width)).flatten()
+def _keep_columns(part: Parts, columns: Tensor) -> None:
+    for layer in part.up:
+        _keep_rows(layer, columns)
+    _keep_inputs(part.down, columns)
 
 
-def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
-    """Let a linear layer give only these of its outputs."""
-    linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
-    if linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
-    linear.out_features = len(rows)
+def _places(groups: Tensor, width: int) -> Tensor:
+    return (groups[:, None] * width + torch.arange(width)).flatten()
 
 
-def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
-    """Let a linear layer read only these of its inputs."""
-    linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
-    linear.in_features = len(columns)
+def _keep_rows(layer: nn.Linear, rows: Tensor) -> None:
+    layer.weight = nn.Parameter(layer.weight[rows].detach().clone(), requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias[rows].detach().clone(), requires_grad=False)
+    layer.out_features = len(rows)
 
 
-def _tell_configuration(network: nn.Module, group: int, heads: int, columns: int) -> None:
+def _keep_inputs(layer: nn.Linear, columns: Tensor) -> None:
+    layer.weight = nn.Parameter(layer.weight[:, columns].detach().clone(), requires_grad=False)
+    layer.in_features = len(columns)
+
+
+def _tell_config(network: nn.Module, groups: int, columns: int) -> None:
+    """What a configuration can say: the feed-forward width always, heads where it has a `head_dim` of its own.
+
+    Elsewhere the width of a head is derived from their number, so the number stays and the shapes speak.
+    """
     config = config_of(network)
-    config.intermediate_size = columns
-    if getattr(config, "num_key_value_heads", None) is not None:
-        config.head_dim = parts_of(network)[0].width
-        config.num_attention_heads, config.num_key_value_heads = heads * group, heads
-        return
-    for block in block_list(network):
-        inner = cast(Any, block).attention.self
-        inner.num_attention_heads, inner.all_head_size = heads, heads * inner.attention_head_size
+    if hasattr(config, "intermediate_size"):
+        config.intermediate_size = columns
+    if hasattr(config, "hidden_dim") and not hasattr(config, "intermediate_size"):
+        config.hidden_dim = columns
+    if getattr(config, "head_dim", None) and hasattr(config, "num_key_value_heads"):
+        width = int(config.head_dim)
+        config.num_key_value_heads = groups
+        config.num_attention_heads = parts_of(network)[0].queries.out_features // width
+    for block in blocks_of(network):
+        mlp = cast(Any, getattr(block, "mlp", None))
+        if mlp is not None and hasattr(mlp, "intermediate_size"):
+            mlp.intermediate_size = columns

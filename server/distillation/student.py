@@ -1,8 +1,10 @@
-"""The student: layers of the teacher, a shape for a wanted size, or a small network of random weights."""
+"""The student: the teacher's own layers, fewer or narrower, or a small network of random weights."""
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
 
@@ -21,194 +23,197 @@ from common.config.manifest import Manifest
 from common.errors import DistillationError
 from common.models import PooledClassifier
 from common.randomness import seed_dropout
-from server.distillation.blocks import Parts, Shape, block_list, config_of, parts_of, shape_of
+from server.distillation.blocks import blocks_of, config_of, parts_of
 from server.distillation.domain_model import DomainModel
 
-__all__ = ["Shape", "choose_layers", "cut_positions", "from_scratch", "keep_layers", "parameters_of", "shape_for"]
+__all__ = ["Shape", "choose_layers", "from_scratch", "keep_layers", "keep_positions", "shape_for"]
 
-# Columns come in multiples of this, which matrix units like.
-_STEP = 8
+# Of the shapes of one size the one with this many times more heads left than feed-forward columns, as shares: on
+# banking77 a third of the heads beside a quarter of the columns did best (docs/lab-notes.md).
+HEADS_TO_COLUMNS = 4 / 3
+STEP = 8  # feed-forward columns are a multiple of it, which matrix units like
+SCRATCH_LAYERS, SCRATCH_HEAD = 4, 32
 
 
-def choose_layers(there: int, kept: int) -> tuple[int, ...]:
-    """`kept` of `there` layers: the first, the last and evenly between; of one alone the last.
+@dataclass(frozen=True)
+class Shape:
+    """Layers kept, by number from 0, and groups of heads and feed-forward columns kept in each of them."""
 
-    Without its last layer a fine-tuned MiniLM fell from 91.6 to 67.7 per cent on banking77.
+    layers: tuple[int, ...]
+    heads: int
+    columns: int
+    parameters: int
 
-    Raises:
-        DistillationError: more than there are, or none.
-    """
-    if not 1 <= kept <= there:
-        raise DistillationError(f"layers must be 1 to the teacher's {there}, found {kept}")
-    if kept == 1:
-        return (there - 1,)
-    return tuple(math.floor(index * (there - 1) / (kept - 1) + 0.5) for index in range(kept))
+
+def choose_layers(layers: int, keep: int) -> tuple[int, ...]:
+    """`keep` of `layers` by number: the first, the last, and evenly between. One alone is the last."""
+    if not 1 <= keep <= layers:
+        raise DistillationError(f"distillation.layers must be from 1 to the teacher's {layers}, found {keep}")
+    if keep == 1:
+        return (layers - 1,)
+    return tuple(round(place * (layers - 1) / (keep - 1)) for place in range(keep))
 
 
 def keep_layers(model: DomainModel, layers: Sequence[int]) -> DomainModel:
-    """A copy with these of the model's layers, in this order.
+    """A copy with these layers alone, in their order."""
+    network = copy.deepcopy(model.network)
+    blocks, config = blocks_of(network), config_of(network)
+    kept = [blocks[layer] for layer in layers]
+    del blocks[:]
+    for number, block in enumerate(kept):
+        blocks.append(block)
+        attention = getattr(block, "self_attn", None)
+        if hasattr(attention, "layer_idx"):
+            cast(Any, attention).layer_idx = number
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    config.num_hidden_layers = len(kept)
+    return DomainModel(network, model.tokenizer, model.manifest)
+
+
+def keep_positions(model: DomainModel) -> DomainModel:
+    """A copy whose table of positions ends at data.max_length, the longest input that the model ever gets."""
+    network = copy.deepcopy(model.network)
+    longest, config = model.manifest.data.max_length, config_of(network)
+    for module in network.modules():
+        table = getattr(module, "position_embeddings", None)
+        if not isinstance(table, nn.Embedding):
+            continue
+        first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's positions begin behind padding
+        rows = min(table.num_embeddings, longest + first)
+        table.weight = nn.Parameter(table.weight[:rows].detach().clone(), requires_grad=False)
+        table.num_embeddings = rows
+        config.max_position_embeddings = rows
+        for name in ("position_ids", "token_type_ids"):
+            buffer = getattr(module, name, None)
+            if isinstance(buffer, torch.Tensor):
+                setattr(module, name, buffer[:, :rows].clone())
+    return DomainModel(network, model.tokenizer, model.manifest)
+
+
+def shape_for(model: DomainModel, ratio: Fraction, *, of: int, layers: int | None = None) -> Shape:
+    """The largest shape of `model` with at most `ratio` times `of` parameters.
+
+    Narrow and deep: all layers (or `layers` of them) as long as each keeps a group of heads and some columns.
 
     Raises:
-        DistillationError: none, one twice, or one that is not there.
+        DistillationError: not even the smallest shape is small enough; it says what is.
     """
-    network = copy.deepcopy(model.network)
-    blocks = block_list(network)
-    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < len(blocks) for layer in layers):
-        raise DistillationError(f"layers must be different numbers from 0 to {len(blocks) - 1}, found {list(layers)}")
-    chosen = [blocks[layer] for layer in layers]
-    del blocks[len(chosen) :]
-    for place, block in enumerate(chosen):
-        blocks[place] = block
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                cast(Any, module).layer_idx = place
-    config = config_of(network)
-    kinds = getattr(config, "layer_types", None)
-    config.num_hidden_layers = len(chosen)
-    if kinds is not None:
-        config.layer_types = [kinds[layer] for layer in layers]
-    return DomainModel(network, model.tokenizer, model.manifest)
-
-
-def cut_positions(model: DomainModel, longest: int | None = None) -> DomainModel:
-    """A copy whose table of positions ends at `longest` tokens, by default data.max_length, where texts are cut.
-
-    Networks without such a table (rotary positions) come back as they are.
-    """
-    network = copy.deepcopy(model.network)
-    for name, table in network.named_modules():
-        if not name.endswith("position_embeddings") or not isinstance(table, nn.Embedding):
-            continue
-        before = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's first places hold no token
-        rows = before + (longest or model.manifest.data.max_length)
-        if rows >= table.num_embeddings:
-            continue
-        around = cast(Any, network.get_submodule(name.rpartition(".")[0]))
-        table.weight = nn.Parameter(table.weight.detach()[:rows].clone())
-        table.num_embeddings = config_of(network).max_position_embeddings = rows
-        for buffer in ("position_ids", "token_type_ids"):
-            if hasattr(around, buffer):
-                setattr(around, buffer, getattr(around, buffer)[:, :rows].clone())
-    return DomainModel(network, model.tokenizer, model.manifest)
-
-
-def parameters_of(model: DomainModel, shape: Shape) -> int:
-    """How many parameters the model would have in that shape."""
     parts = parts_of(model.network)
-    layer = sum(parameter.numel() for parameter in block_list(model.network)[0].parameters())
-    head, column = _cost(parts[0])
-    rest = model.parameters - len(parts) * layer
-    shaped = layer - (parts[0].heads - shape.heads) * head - (parts[0].columns - shape.columns) * column
-    return rest + shape.layers * shaped
-
-
-def _cost(part: Parts) -> tuple[int, int]:
-    """Parameters of one head and of one feed-forward column."""
-    into_heads = (part.query, part.key, part.value)
-    head = sum(linear.weight.numel() + (0 if linear.bias is None else len(linear.bias)) for linear in into_heads)
-    head = (head + part.attention_out.weight.numel()) // part.heads
-    column = sum(linear.in_features + (linear.bias is not None) for linear in part.into) + part.out.out_features
-    return head, column
-
-
-def shape_for(
-    model: DomainModel, ratio: Fraction | float, *, of: int | None = None, layers: int | None = None
-) -> Shape:
-    """The shape in which the model has at most `ratio` x `of` parameters, and as many of them as possible.
-
-    `of` is the number that the ratio speaks of, the teacher's where the vocabulary was trimmed before; by default the
-    model's own. All layers stay unless `layers` says otherwise or their number alone is too many: narrow and deep
-    students did better than few wide layers. Heads and columns shrink alike.
-
-    Raises:
-        DistillationError: the rest, embeddings above all, is larger than that; it says what can be met.
-    """
-    full = shape_of(model.network)
-    budget = math.floor(Fraction(ratio) * (model.parameters if of is None else of))
-    for count in [layers] if layers is not None else range(full.layers, 0, -1):
-        fitting = [
-            shape
-            for heads in range(1, full.heads + 1)
-            if (shape := _widest(model, Shape(count, heads, full.columns), budget)) is not None
-        ]
-        if fitting:
-            return min(fitting, key=lambda shape: _imbalance(shape, full))
-    smallest = parameters_of(model, Shape(layers or 1, 1, min(_STEP, full.columns)))
-    whole = model.parameters if of is None else of
+    most, budget = len(parts), math.floor(ratio * of)
+    if layers is not None:
+        choose_layers(most, layers)
+    counts = [layers] if layers is not None else range(most, 0, -1)
+    smallest = model.parameters
+    for count in counts:
+        kept = choose_layers(most, count)
+        costs = _Costs.of(model, kept)
+        smallest = costs.parameters(1, STEP)
+        if (shape := _balanced(costs, kept, budget)) is not None:
+            return shape
     raise DistillationError(
-        f"size: {ratio} of {whole:,} parameters are {budget:,}, and what lies outside the layers with one narrow layer"
-        f" takes {smallest:,}; {smallest / whole:.3f} or more can be met, or less with fewer pieces in the vocabulary"
+        f"distillation.size: {ratio} of the teacher's {of:,} parameters are {budget:,}, but embeddings and the smallest"
+        f" layers take {smallest:,}; at least 1/{max(1, of // smallest)} can be met; for less set"
+        " distillation.vocabulary to fewer pieces"
     )
 
 
-def _widest(model: DomainModel, shape: Shape, budget: int) -> Shape | None:
-    """The shape with as many columns as the budget allows, in whole steps; None where one step is too much."""
-    step = min(_STEP, shape.columns)
-    one = parameters_of(model, Shape(shape.layers, shape.heads, step))
-    if one > budget:
+@dataclass(frozen=True)
+class _Costs:
+    """Parameters of a network with some of its layers: what stays, and what a group or a column takes in all layers."""
+
+    fixed: int
+    group: int
+    column: int
+    groups: int
+    columns: int
+
+    @classmethod
+    def of(cls, model: DomainModel, layers: Sequence[int]) -> "_Costs":
+        parts = [parts_of(model.network)[layer] for layer in layers]
+        dropped = set(range(len(blocks_of(model.network)))) - set(layers)
+        gone = sum(_count(blocks_of(model.network)[layer]) for layer in dropped)
+        groups, columns = min(part.groups for part in parts), min(part.columns for part in parts)
+        group = column = inside = 0
+        for part in parts:
+            rows = [part.queries, part.keys, part.values]
+            heads = sum(_count(layer) for layer in rows) + part.out.weight.numel()
+            wide = sum(_count(layer) for layer in part.up) + part.down.weight.numel()
+            group, column, inside = group + heads // part.groups, column + wide // part.columns, inside + heads + wide
+        return cls(model.parameters - gone - inside, group, column, groups, columns)
+
+    def parameters(self, groups: int, columns: int) -> int:
+        return self.fixed + self.group * groups + self.column * columns
+
+
+def _balanced(costs: _Costs, layers: tuple[int, ...], budget: int) -> Shape | None:
+    """Of the shapes that use the budget up, the one whose shares of heads and columns are in the best proportion."""
+    found = []
+    for groups in range(1, costs.groups + 1):
+        columns = min(costs.columns, (budget - costs.parameters(groups, 0)) // costs.column)
+        columns -= columns % STEP if columns < costs.columns else 0
+        if columns >= min(STEP, costs.columns):
+            share = (groups / costs.groups) / (columns / costs.columns)
+            found.append((abs(math.log(share / HEADS_TO_COLUMNS)), groups, columns))
+    if not found:
         return None
-    _, column = _cost(parts_of(model.network)[0])
-    columns = step + (budget - one) // (column * shape.layers)
-    return Shape(shape.layers, shape.heads, min(shape.columns, columns - columns % step))
+    whole = [(groups, columns) for _, groups, columns in found if (groups, columns) == (costs.groups, costs.columns)]
+    groups, columns = whole[0] if whole else min(found)[1:]
+    return Shape(layers, groups, columns, costs.parameters(groups, columns))
 
 
-def _imbalance(shape: Shape, full: Shape) -> float:
-    """How unlike the shares of heads and of columns that stay are."""
-    return abs(math.log(shape.heads / full.heads) - math.log(shape.columns / full.columns))
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def from_scratch(
-    manifest: Manifest,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    parameters: int,
-    layers: int = 4,
-    longest: int | None = None,
-    seed: int = 0,
-) -> DomainModel:
-    """A student of random weights with at most `parameters` of them: like BERT for the two tasks of classification,
-    like Llama for causal-lm. Its width is a multiple of 32, and each head has 32 of it; `longest` is its longest input
-    in tokens, by default the manifest's.
+def from_scratch(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, parameters: int) -> DomainModel:
+    """A small network of seeded random weights for the manifest's task: the widest with at most `parameters`.
+
+    An encoder for the classification tasks (read by the mean of its tokens), a decoder with tied words for causal-lm.
 
     Raises:
-        DistillationError: even the narrowest has more.
+        DistillationError: the words alone take more than that.
     """
-    length = longest or manifest.data.max_length
-    seed_dropout(seed, "student from scratch")  # torch draws the first weights
-    with torch.device("meta"):
-        fitting = [
-            width
-            for width in range(32, 1025, 32)
-            if sum(p.numel() for p in _fresh(manifest, tokenizer, width, layers, length).parameters()) <= parameters
-        ]
-    if not fitting:
+    best = None
+    for heads in itertools.count(1):
+        config = _scratch_config(manifest, tokenizer, heads)
+        with torch.device("meta"):
+            size = _count(_scratch_network(manifest, config))
+        if size > parameters:
+            break
+        best = config
+    if best is None:
         raise DistillationError(
-            f"size: {parameters:,} parameters do not hold {len(tokenizer):,} pieces and {layers} layers, of 32 numbers"
-            " each; allow more, or make a smaller vocabulary"
+            f"distillation.size leaves {parameters:,} parameters, and a student with {len(tokenizer):,} pieces needs"
+            f" {size:,} at least; ask for a larger size or for fewer pieces"
         )
-    network = _fresh(manifest, tokenizer, fitting[-1], layers, length)
-    return DomainModel(network.eval(), tokenizer, manifest)
+    seed_dropout(manifest.distillation.seed, "student from scratch")
+    return DomainModel(_scratch_network(manifest, best), tokenizer, manifest)
 
 
-def _fresh(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, width: int, layers: int, longest: int) -> nn.Module:
-    common: dict[str, Any] = {
+def _scratch_config(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, heads: int) -> Any:
+    width = SCRATCH_HEAD * heads
+    shared: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 32,
-        "max_position_embeddings": longest,
+        "num_hidden_layers": SCRATCH_LAYERS,
+        "num_attention_heads": heads,
+        "max_position_embeddings": manifest.data.max_length,
         "pad_token_id": tokenizer.pad_token_id,
     }
     if manifest.task.kind == "causal-lm":
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        return cast(
-            nn.Module,
-            LlamaForCausalLM(LlamaConfig(**common, **ends, intermediate_size=2 * width, tie_word_embeddings=True)),
-        )
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**common, **still, intermediate_size=2 * width)
-    if manifest.task.kind == "text-classification":
-        return PooledClassifier(BertModel(config, add_pooling_layer=False), "mean", len(manifest.task.labels))
-    tags = manifest.task.tags
-    config.id2label, config.label2id = dict(enumerate(tags)), {tag: index for index, tag in enumerate(tags)}
-    return cast(nn.Module, AutoModelForTokenClassification.from_config(config))
+        return LlamaConfig(**shared, **ends, intermediate_size=3 * width, tie_word_embeddings=True)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    names = dict(enumerate(manifest.task.tags)) if manifest.task.kind == "token-classification" else {}
+    labels = {"id2label": names, "label2id": {tag: index for index, tag in names.items()}} if names else {}
+    return BertConfig(**shared, **none, **labels, intermediate_size=3 * width)
+
+
+def _scratch_network(manifest: Manifest, config: Any) -> nn.Module:
+    match manifest.task.kind:
+        case "text-classification":
+            return PooledClassifier(BertModel(config, add_pooling_layer=False), "mean", len(manifest.task.labels))
+        case "token-classification":
+            return cast(nn.Module, AutoModelForTokenClassification.from_config(config))
+    return cast(nn.Module, LlamaForCausalLM(config))

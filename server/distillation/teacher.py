@@ -1,47 +1,83 @@
-"""The teacher: a run's base and adapter, merged into one model."""
+"""The teacher: a run's base with its adapter merged in, a plain network again."""
 
+import copy
 from pathlib import Path
+from typing import Any, cast
 
-from common.adapters import adapter_facts, load_adapter, merge_adapter
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file
+from torch import nn
+
+from common.adapters import attach, set_state
 from common.errors import DistillationError
-from common.models import find_base, load_tokenizer
+from common.models import find_base, load_task_model
+from server.assessment.opening import open_model
 from server.distillation.domain_model import DomainModel
 
-__all__ = ["MERGED_METHODS", "load_teacher", "merge_stored"]
+__all__ = ["load_teacher", "merged"]
 
-# Methods whose adapter becomes part of the base's own weights, or is part of them from the start.
-MERGED_METHODS = ("lora", "qlora", "rslora", "dora", "ia3", "full", "bitfit", "head")
+# What these add is computed beside the base's weights, so no weight can hold it.
+UNMERGED = ("prompt", "p-tuning", "prefix", "lora+prompt", "adapter")
 
 
-def load_teacher(run: Path, *, base: Path | None = None) -> DomainModel:
-    """The merged model of a finished run's folder, on the CPU in float32; `base` is where the base lies here.
+def load_teacher(path: Path, *, base: Path | None = None) -> DomainModel:
+    """The model of a finished run, or of an adapter's or model's folder, as one plain network in float32.
 
-    An adapter of method qlora is added to the base in full precision: rounding the sum to four bits again would lose
-    what the adapter says. It was trained beside the rounded base, so the merged model is not exactly the trained one.
+    A QLoRA adapter is merged into its base in full precision: the federation trained it beside the base in four bits,
+    so the teacher is a little other, and mostly better, than what the run measured.
 
     Raises:
-        DistillationError: the folder holds no run, the run is not finished, or its method cannot be merged.
-        ModelError: the base is not here, or is another one than the adapter was trained on.
-        AdapterError: the stored adapter cannot be read or does not fit.
+        DistillationError: the adapter's method adds what cannot be merged.
+        CoadaptError: of its tree what `open_model` raises.
     """
-    if not (run / "federation.toml").is_file() or not (run / "rounds").is_dir():
-        raise DistillationError(f"{run} holds no run: it has no federation.toml and rounds/; give a run's folder")
-    if not (run / "adapter").is_dir():
-        raise DistillationError(f"the run in {run} is not finished: it has no adapter/ yet; resume it, or wait for it")
-    return merge_stored(run / "adapter", base=base)
+    model = open_model(path, base=base)
+    method = model.manifest.adapter.method
+    if isinstance(model.network, PeftModel) and method == "qlora":
+        model = _in_full_precision(model, path / "adapter" if (path / "adapter").is_dir() else path, base)
+    return merged(model)
 
 
-def merge_stored(folder: Path, *, base: Path | None = None) -> DomainModel:
-    """The merged model of an adapter's folder; see `load_teacher`."""
-    manifest, _ = adapter_facts(folder)
-    method = manifest.adapter.method
-    if method not in MERGED_METHODS:
+def merged(model: DomainModel) -> DomainModel:
+    """The same function without an adapter beside it; a plain network is given back as it is.
+
+    Raises:
+        DistillationError: the adapter's method adds what cannot be merged.
+    """
+    network, method = model.network, model.manifest.adapter.method
+    if isinstance(network, PeftModel):
+        network = copy.deepcopy(network)
+        _fold_pairs_below(network)
+        network = cast(nn.Module, cast(Any, network).merge_and_unload())
+    elif method in UNMERGED and any("bottleneck" in name or "prompted" in name for name, _ in network.named_modules()):
         raise DistillationError(
-            f"adapter.method: {method!r} cannot be merged into the base, since it computes beside the weights; methods"
-            f" that can: {', '.join(MERGED_METHODS)}"
+            f"an adapter of the method {method!r} cannot be merged into its base, which a compact model is copied from;"
+            " the low-rank methods, ia3, bitfit, full and head can"
         )
-    section = manifest.model if base is None else manifest.model.model_copy(update={"base": str(base)})
-    found = find_base(section)
-    model, manifest = load_adapter(folder, found, full_precision=True)
-    network = merge_adapter(model).eval().requires_grad_(True)
-    return DomainModel(network, load_tokenizer(found), manifest)
+    network.requires_grad_(False)
+    return DomainModel(network.eval(), model.tokenizer, model.manifest)
+
+
+def _fold_pairs_below(network: nn.Module) -> None:
+    """Add scale B A of the pairs that `set_state` keeps beside a layer's own to the layer's weight."""
+    for module in network.modules():
+        pairs = getattr(module, "pairs_below", None)
+        if pairs is None:
+            continue
+        layer, (a, b) = cast(Any, module), pairs
+        weight = layer.get_base_layer().weight
+        update = (b @ a) * layer.scaling["default"]
+        with torch.no_grad():
+            weight += (update.T if layer.fan_in_fan_out else update).to(weight.dtype)
+        layer.pairs_below = None
+
+
+def _in_full_precision(model: DomainModel, adapter: Path, base: Path | None) -> DomainModel:
+    section = model.manifest.adapter.model_copy(update={"method": "lora"})
+    manifest = model.manifest.model_copy(update={"adapter": section})
+    place = manifest.model
+    if base is not None:
+        place = place.model_copy(update={"base": str(base), "revision": None})
+    network = attach(load_task_model(find_base(place), manifest), section)
+    set_state(network, load_file(adapter / "adapter_model.safetensors"))
+    return DomainModel(network.eval(), model.tokenizer, manifest)

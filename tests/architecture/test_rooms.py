@@ -68,6 +68,9 @@ WITHOUT_TORCH = (
     "client.background",
     "client.units",
     "common.data_files",
+    "common.release",
+    "client.gate_client",
+    "server.releases",
 )
 HEAVY = ("torch", "transformers", "peft")
 

@@ -299,3 +299,29 @@ def test_a_manifest_without_digests_is_refused(hospitals: Hospitals) -> None:
     hospitals.manifest.write_text(text)
     with pytest.raises(EnrolmentError, match=r"does not pin model.weights_sha256.*`coadapt init`"):
         hospitals.invite()
+
+
+@pytest.mark.parametrize(
+    ("table", "setting", "words"),
+    [
+        ("evaluation", 'public = "public.jsonl"', r"does not pin evaluation.public_sha256"),
+        ("secure_sum", "unsafe_two_sites = true", r"unsafe_two_sites is for simulations alone"),
+    ],
+)
+def test_what_no_institution_may_agree_to_is_refused_at_the_coordinator_and_at_sites(
+    hospitals: Hospitals, monkeypatch: pytest.MonkeyPatch, table: str, setting: str, words: str
+) -> None:
+    hospitals.init()
+    hospitals.admit_all()
+    key = setting.split(" =", 1)[0]
+    text = re.sub(rf"(?m)^(# )?{key} =.*\n", "", hospitals.manifest.read_text())
+    hospitals.manifest.write_text(text.replace(f"[{table}]\n", f"[{table}]\n{setting}\n"))
+    with pytest.raises(EnrolmentError, match=words):
+        hospitals.invite()
+    # A coordinator that invites to it all the same.
+    monkeypatch.setattr("server.enrolment._require_pinned", lambda *_: None)
+    monkeypatch.setattr("server.enrolment._require_crowd", lambda *_: None)
+    hospitals.invite()
+    refused = r"does not pin evaluation.public" if table == "evaluation" else r"unsafe_two_sites: asked true, allowed"
+    with pytest.raises((EnrolmentError, PolicyBreach), match=refused):
+        hospitals.join("north")

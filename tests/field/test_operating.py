@@ -86,6 +86,9 @@ def test_preview_with_privacy_uses_a_ledger_of_its_own(
     home.manifest.write_text(annotated(manifest))
     found = json.loads(said("site", "preview", "--home", north, "--json"))
     assert (found["private"], len(found["sent"])) == (True, 5)
+    said_of_it = [sent["clear"].get("ledger", "")[:10] for sent in found["sent"]]
+    assert said_of_it == ["0 charges,", "", "", "1 charges,", ""]
+    assert "0 other sites" in found["sent"][0]["clear"]["seen"]
     assert not (north / "ledger").exists()
 
 

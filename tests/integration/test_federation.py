@@ -77,9 +77,12 @@ def test_four_institutions_train_together(federation: Deployment) -> None:
         decisions = [line.decision for line in it.audit(name)]
         assert "answered" in decisions
         assert "refused" not in decisions
+    # A site brings the adapter through the gate; its vault, which runs, goes on with the same audit log.
+    it.type("site", "fetch", "first", "--home", "north")
+    assert [(line.kind, line.code) for line in it.audit("north")][-1] == ("fetch", "adapter")
     # The adapter loads, and beats the untuned base on records of nobody's.
     base = find_base(it.manifest.model)
-    model, manifest = load_adapter(it.coordinator / "runs" / "first" / "adapter", base)
+    model, manifest = load_adapter(it.site("north").fetched / "first" / "adapter", base)
     assert manifest.digest() == it.manifest.digest()
     task = make_task(manifest, load_tokenizer(base))
     examples = task.encode(records("nobody", 90)).examples

@@ -107,6 +107,8 @@ class Served:
             )
         )
         verify = options.pop("verify", self.verify)
+        if releases := options.pop("releases", None):  # made of the home, which is only here
+            options["releases"] = releases(self.home)
         header_seconds = options.pop("header_seconds", 15.0)
         gate = make_gate(f"https://127.0.0.1:{above}", settings, verify=verify, log=log, **options)
         self._gate = server_of(gate, self.home, settings, header_seconds=header_seconds)

@@ -16,14 +16,16 @@ from vault_field import Field
 from common.config.manifest import Manifest
 from common.errors import MessageError, RunError
 from common.flower import ConfigRecord, Grid, Message, RecordDict, pack, unpack
-from common.frames import Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
+from common.frames import Answer, Order, open_frame, payload_digest, seal_frame
 from common.identity import Identity
+from common.ledger_statement import SEAL_BYTES, LedgerStatement
 from common.messages import Envelope, Evaluated, RoundDone, encode
 from common.randomness import system_bytes
 from common.roster import FEDERATION_BYTES, Institution, Roster
 from server import field_channel as module
 from server.channel import Interrupted, Reply
 from server.field_channel import FieldChannel, Heads
+from server.order_numbers import OrderNumbers
 
 DIGEST, OTHER = "0" * 64, "1" * 64
 HEADER = {"manifest_sha256": DIGEST, "run_id": "run", "round": 1, "adapter_sha256": OTHER}
@@ -113,6 +115,7 @@ class World:
             "manifest_sha256": DIGEST,
             "run_id": "run",
             "heads": Heads(self.folder / "heads.json"),
+            "orders": OrderNumbers(self.folder / "order-number.txt"),
             "stop": self.stop,
             "phase_seconds": 3.0,
             "poll_seconds": 0.005,
@@ -545,20 +548,27 @@ def test_sequences_grow_over_channels_and_orders(world: World) -> None:
 # The ledgers' ends.
 
 
+def stated(key: Identity, site: int, number: int, mark: str = "a", *, federation: bytes = bytes(16)) -> LedgerStatement:
+    return LedgerStatement.of(
+        key, federation=federation, site=site, number=number, digest=mark * 64, seal=bytes(SEAL_BYTES)
+    )
+
+
 def test_heads_are_durable_and_only_grow(tmp_path: Path) -> None:
-    path = tmp_path / "heads.json"
-    old, new = LedgerHead(number=3, digest="a" * 64), LedgerHead(number=4, digest="b" * 64)
+    path, key = tmp_path / "heads.json", Identity.generate()
+    old, new = stated(key, 0, 3), stated(key, 0, 4, "b")
     heads = Heads(path)
-    assert heads.of("a") is None
+    assert heads.of("a") == ""
     heads.saw("a", new)
     heads.saw("a", old)
-    heads.saw("a", LedgerHead(number=4, digest="c" * 64))
-    heads.saw("a", None)
+    heads.saw("a", stated(key, 0, 4, "c"))
     heads.saw("b", old)
-    assert [(Heads(path).of("a"), Heads(path).of("b"))] == [(new, old)]
+    assert [(Heads(path).of("a"), Heads(path).of("b"))] == [(new.raw.hex(), old.raw.hex())]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"number": -1, "digest": ""}}', '{"a": {}}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"a": 1}', '{"a": {"number": 3, "digest": ""}}', '{"a": "00"}', '{"a": "xy"}', "\xff"]
+)
 def test_damaged_heads_are_not_taken_for_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "heads.json"
     path.write_bytes(text.encode("latin-1"))
@@ -567,13 +577,44 @@ def test_damaged_heads_are_not_taken_for_none(tmp_path: Path, text: str) -> None
 
 
 def test_what_a_site_told_is_handed_back_to_it_by_the_next_coordinator(world: World) -> None:
-    head = LedgerHead(number=9, digest="d" * 64)
+    head = stated(world.keys[1], 1, 9, federation=world.roster.federation).raw.hex()
     world.up(lambda order, payload: ({"ledger": head}, DONE))
     world.ask()
-    assert {order.seen for order, payload in world.orders if payload} == {None}
+    assert {order.seen for order, payload in world.orders if payload} == {""}
     world.orders.clear()
     world.ask()
-    assert {order.site: order.seen for order, payload in world.orders if payload} == {0: None, 1: head, 2: None}
+    assert {order.site: order.seen for order, payload in world.orders if payload} == {0: "", 1: head, 2: ""}
+
+
+@pytest.mark.parametrize("lie", ["another key", "another site", "another federation", "one bit"])
+def test_a_statement_that_is_not_its_sites_own_is_not_kept(world: World, lie: str) -> None:
+    own, federation = world.keys[1], world.roster.federation
+    said = {
+        "another key": stated(world.keys[2], 1, 9, federation=federation),
+        "another site": stated(world.keys[2], 2, 9, federation=federation),
+        "another federation": stated(own, 1, 9),
+        "one bit": stated(own, 1, 9, federation=federation),
+    }[lie].raw
+    if lie == "one bit":
+        said = bytes([*said[:20], said[20] ^ 1, *said[21:]])
+    world.up(lambda order, payload: ({"ledger": said.hex()}, DONE))
+    replies = world.ask()
+    assert replies["site-1"].code == ("signature" if lie in ("another key", "one bit") else "context")
+    assert not (world.folder / "heads.json").exists()
+
+
+# The orders' numbers.
+
+
+def test_numbers_of_orders_grow_though_the_clock_is_set_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.up()
+    now = time.time_ns()
+    world.ask()
+    monkeypatch.setattr("server.order_numbers.time.time_ns", lambda: now - 10**18)
+    world.ask()  # a coordinator that was started again
+    numbers = [order.sequence for order, _ in world.orders]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) >= 12
 
 
 # Real sessions behind it.
@@ -600,8 +641,8 @@ def test_real_sessions_end_a_round_over_it_though_one_vault_is_restarted(
     it.sites[1].vault.gate.clear()
     channel = FieldChannel(
         cast(Grid, grid), identity=it.coordinator, roster=it.roster, manifest_sha256=it.manifest.digest(),
-        run_id=it.run_id, heads=Heads(tmp_path / "heads.json"), stop=threading.Event(), phase_seconds=20.0,
-        poll_seconds=0.01,
+        run_id=it.run_id, heads=Heads(tmp_path / "heads.json"), orders=OrderNumbers(tmp_path / "numbers.txt"),
+        stop=threading.Event(), phase_seconds=20.0, poll_seconds=0.01,
     )  # fmt: skip
     request = encode(Envelope(header=it.header(), tensors=it.adapter))
     replies = by_site(channel.exchange(dict.fromkeys(it.names, request), kind="train"), list(it.names))

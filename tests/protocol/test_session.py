@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from sum_attempts import Attempt
-from vault_field import Field
+from vault_field import NOON, Field
 
-from client.ledger import Ledger
 from client.run_folder import RunFolder
 from common.bounds import bounds
 from common.config.manifest import Manifest
-from common.errors import CoadaptError, SnapshotRefused
-from common.frames import Answer, LedgerHead, open_frame, payload_digest
+from common.errors import CoadaptError
+from common.frames import Answer, open_frame, payload_digest
 from common.identity import Identity
 from common.messages import Envelope, Project, RoundDone, decode, encode
 from common.randomness import seeded, system_bytes
@@ -391,29 +390,38 @@ def test_runs_round_from_keys_of_their_own(field: Fields) -> None:
     assert bodies[0] == pytest.approx(bodies[1], abs=6e-5)
 
 
-def test_a_ledger_put_back_from_a_copy_stops_the_vault(field: Fields) -> None:
-    it = field(private=True)
-    site = it.sites[0]
-    begun(it).to_the_end()
-    copy = {path: path.read_bytes() for path in (site.folder / "ledger").iterdir()}
-    begun(it, 2).to_the_end()
-    it.say(0, "hello")
-    assert it.seen[0].number == 2
-    newest = {path: path.read_bytes() for path in (site.folder / "ledger").iterdir()}
-    for path, data in copy.items():
-        path.write_bytes(data)
-    site.ledger = Ledger(site.folder / "ledger")
-    site.start()
-    refused(it, it.say(0, "request", begun(it, 3).out[0])[0], "snapshot")
-    seen, it.seen[0] = it.seen[0], LedgerHead(number=0, digest="")
-    site.start()
-    refused(it, it.say(0, "hello")[0], "snapshot")  # not only while the coordinator reminds it
-    with pytest.raises(SnapshotRefused, match="has 1 entries and is not the one of which others have seen 2"):
-        site.ledger.require_at_least(seen.number, seen.digest)
-    for path, data in newest.items():
-        path.write_bytes(data)
-    assert it.say(0, "hello")[0].kind == "done"
-    refused(it, it.say(0, "hello", seen=LedgerHead(number=2, digest="0" * 64))[0], "snapshot")
+def test_a_second_attempt_goes_on_after_hours_where_training_is_over(field: Fields) -> None:
+    it = field(private=True, limits={"hours": ("mon-fri 18:00-06:00",)})
+    for site in it.sites:
+        site.now = datetime(2026, 11, 25, 23, 0)
+    up_to_vectors(it).ask(0, 1)
+    for site in it.sites:
+        site.executor.shutdown(wait=True)
+        site.now = NOON
+    it.sites[1].start()
+    it.sites[2].start()
+    found = begun(it, attempt=1).to_the_end()  # 0 and 1 have let a vector go, 2 has trained and let none go
+    assert found.state["w"] == pytest.approx(np.full(12, 6e-4), abs=6e-5)
+    assert [site.vault.trained for site in it.sites] == [1, 0, 0]
+    refused(it, it.say(0, "request", begun(it, 2).out[0])[0], "policy", reason="limits.hours")
+
+
+def test_what_was_broken_off_does_not_begin_again_after_hours(field: Fields) -> None:
+    it = field(private=True, limits={"hours": ("mon-fri 18:00-06:00",)})
+    for site in it.sites:
+        site.now = datetime(2026, 11, 25, 23, 0)
+        site.vault.gate.clear()
+    up_to_vectors(it)
+    for site in it.sites:
+        site.now = NOON
+    answer, _ = it.say(0, "request", begun(it, attempt=1).out[0])
+    assert answer.kind == "message"  # it goes on with what it began in its hours
+    it.sites[1].start()  # killed in training, which would have to begin anew
+    refused(it, it.say(1, "request", begun(it, attempt=2).out[1])[0], "policy", reason="limits.hours", site=1)
+    it.sites[0].vault.error = "not_finite_loss"
+    it.sites[0].vault.gate.set()
+    it.sites[0].executor.shutdown(wait=True)
+    refused(it, it.say(0, "request", begun(it, attempt=3).out[0])[0], "policy", reason="limits.hours")
 
 
 def test_text_of_errors_stays_at_the_site(field: Fields, monkeypatch: pytest.MonkeyPatch) -> None:

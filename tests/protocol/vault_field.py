@@ -23,7 +23,7 @@ from client.state import SiteState
 from client.ticks import tick
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
-from common.frames import Answer, LedgerHead, Order, open_frame, payload_digest, seal_frame
+from common.frames import Answer, Order, open_frame, payload_digest, seal_frame
 from common.identity import Identity
 from common.messages import Envelope, Refused, RoundDone, RoundStart, decode, encode
 from common.privacy.accounting import Steps
@@ -158,7 +158,8 @@ class Field:
         signed = SignedRoster(roster=roster, signatures={n: roster.sign(key) for n, key in enumerate(self.keys)})
         self.roster = verify_roster(signed, own_key=self.coordinator.public, pinned=roster.digest())
         self.clock = 0
-        self.seen: dict[int, LedgerHead] = {}
+        self.seen: dict[int, str] = {}
+        self.forgets = False  # whether it hides what it was told of ledgers
         self.events: list[Event] = []
         self.frames: list[bytes] = []
         self.heard: list[bytes] = []
@@ -203,7 +204,7 @@ class Field:
             "site": to,
             "kind": kind,
             "sequence": self.clock,
-            "seen": self.seen.get(to),
+            "seen": "" if self.forgets else self.seen.get(to, ""),
         }
         frame = seal_frame(key, Order(**{**said, **values}), payload)
         self.frames.append(frame)
@@ -219,7 +220,7 @@ class Field:
     def read(self, site: int, answer: bytes) -> tuple[Answer, bytes]:
         header, payload = open_frame(Answer, self.keys[site].public, answer)
         self.heard.append(payload)
-        if header.ledger is not None and header.kind != "refused":
+        if header.ledger and header.kind != "refused":
             self.seen[site] = header.ledger
         return header, payload
 

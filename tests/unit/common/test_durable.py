@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.durable import new_folder, write_bytes, write_text
+from common.durable import new_file, new_folder, write_bytes, write_text
 from common.errors import RunError
 
 
@@ -133,3 +133,33 @@ class TestFolder:
         with pytest.raises(RunError, match="exists already; finished files are never overwritten"):
             self.fill(path)
         assert names(tmp_path) == before
+
+
+class TestNewFile:
+    def test_it_appears_when_it_is_whole_and_never_over_another(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        with new_file(path) as file:
+            file.write(b"one ")
+            assert not path.exists()
+            file.write(b"two")
+        assert path.read_bytes() == b"one two"
+        with pytest.raises(RunError, match="exists already"), new_file(path):
+            pass
+        assert (names(tmp_path), path.read_bytes()) == (["file"], b"one two")
+
+    @pytest.mark.parametrize("error", [ValueError("a problem"), KeyboardInterrupt()])
+    def test_what_breaks_off_leaves_nothing(self, tmp_path: Path, error: BaseException) -> None:
+        def broken() -> None:
+            with new_file(tmp_path / "file") as file:
+                file.write(b"half")
+                raise error
+
+        with pytest.raises(type(error)):
+            broken()
+        assert names(tmp_path) == []
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "fsync", full_disk)
+        with pytest.raises(RunError, match="No space left on device; nothing was left"), new_file(tmp_path / "file"):
+            pass
+        assert names(tmp_path) == []

@@ -1,4 +1,5 @@
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from safetensors.numpy import save_file
 
 from common.codec.state import AdapterState, state_digest
 from common.config.manifest import Manifest
-from common.errors import RoundError
+from common.errors import AdapterError, RoundError
 from common.messages import Envelope, Evaluate, Evaluated, Refused, RoundDone, RoundStart, decode
 from common.progress import Event, PhaseStarted, RoundFinished, RoundStarted, RoundValidated, SiteFailed, SiteFinished
 from server.channel import Interrupted, Reply
@@ -358,7 +359,10 @@ def test_sites_measure_only_as_often_as_agreed(world: Callable[..., World], ever
     assert [event.round for event in it.of(RoundValidated)] == [*measured, 5]  # the last adapter is always measured
 
 
-def test_with_public_records_no_site_is_asked_to_measure(tmp_path: Path, manifest_for: Callable[..., Manifest]) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_with_public_records_no_site_is_asked_to_measure(
+    tmp_path: Path, manifest_for: Callable[..., Manifest], meanwhile: bool
+) -> None:
     manifest = manifest_for(training={"rounds": 3}, evaluation={"every": 2, "metrics": ["accuracy"]})
     sites, seen = Sites(), []
 
@@ -376,12 +380,63 @@ def test_with_public_records_no_site_is_asked_to_measure(tmp_path: Path, manifes
         store=store,
         report=lambda event: None,
         public=public,
+        public_meanwhile=meanwhile,
     )
     coordinator.run()
     assert [coordinator.validation(done).get("accuracy") for done in coordinator.rounds] == [0.25, None, 0.5, 0.75]
     assert seen == [state_digest(store.load_round(number)) for number in (0, 2, 3)]
     asked = [request.header for _, _, request in sites.requests]
     assert all(isinstance(header, RoundStart) and not header.evaluate for header in asked)
+
+
+def test_no_site_waits_for_figures_on_public_records(tmp_path: Path, manifest_for: Callable[..., Manifest]) -> None:
+    """Measuring begins before the sites are asked, and ends after they were: each waits for the other here."""
+    begun, asked = threading.Event(), threading.Event()
+
+    class Waiting(Sites):
+        def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
+            assert begun.wait(20)
+            asked.set()
+            yield from super().exchange(requests, kind=kind)
+
+    def public(adapter: AdapterState) -> dict[str, float]:
+        begun.set()
+        assert asked.wait(20)
+        return {"records": 4.0, "correct": 1.0}
+
+    coordinator = Coordinator(
+        manifest_for(training={"rounds": 2}),
+        run_id="run",
+        sites=list(PULL),
+        first=FIRST,
+        channel=Waiting(),
+        store=store_in(tmp_path),
+        report=lambda event: None,
+        public=public,
+        public_meanwhile=True,
+    )
+    coordinator.run()
+    assert [coordinator.validation(done)["accuracy"] for done in coordinator.rounds] == [0.25] * 3
+
+
+def test_a_failure_on_public_records_ends_the_run(tmp_path: Path, manifest_for: Callable[..., Manifest]) -> None:
+    def public(adapter: AdapterState) -> dict[str, float]:
+        raise AdapterError("does not fit")
+
+    for meanwhile in (False, True):
+        coordinator = Coordinator(
+            manifest_for(training={"rounds": 2}),
+            run_id="run",
+            sites=list(PULL),
+            first=FIRST,
+            channel=Sites(),
+            store=store_in(tmp_path / str(meanwhile)),
+            report=lambda event: None,
+            public=public,
+            public_meanwhile=meanwhile,
+        )
+        with pytest.raises(AdapterError, match="does not fit"):
+            coordinator.run()
 
 
 def test_the_last_round_is_the_mean_of_the_last_adapters(tmp_path: Path, manifest_for: MakeManifest) -> None:

@@ -3,15 +3,18 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 
-from common.errors import RunError
+from common.errors import RunError, ServiceError
 from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
 from server import submission
 from server.home import CoordinatorHome
-from server.superlink import FlowerRun
+from server.run_store import RunStore
+from server.superlink import Control, FlowerRun
 
 STARTED = RunStarted(run_id="one", federation="f", sites=(), rounds=1, metrics=(), trainable_parameters=1)
 
@@ -141,6 +144,51 @@ def test_a_run_whose_app_was_killed_is_no_hindrance(home: CoordinatorHome) -> No
     (home.runs / "one" / "rounds").mkdir(parents=True)  # the app had begun, and holds the folder no more
     assert submission.submit(home, "one", resume=True).number == 42
     assert FakeControl.stopped == [41]
+
+
+def test_a_run_that_flower_forgot_is_no_hindrance_unless_its_app_lives(
+    home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submission.submit(home, "one", resume=False)
+    monkeypatch.setattr(FakeControl, "status", "finished:unknown")
+    monkeypatch.setattr(submission, "_ENDING_SECONDS", 0.01)
+    store = RunStore(home.runs / "one", lambda folder, adapter: None)
+    with pytest.raises(RunError, match="run one goes on"):
+        submission.submit(home, "two", resume=False)
+    store.close()
+    assert submission.submit(home, "two", resume=False).number == 42
+    assert FakeControl.stopped == []
+
+
+def test_what_flower_says_of_a_run_that_it_does_not_hold() -> None:
+    def control(status: int, text: str) -> Control:
+        def refuses(request: object) -> None:
+            answer = httpx.Response(status, text=text, request=httpx.Request("POST", "http://h"))
+            answer.raise_for_status()
+
+        made = Control.__new__(Control)
+        made._client = SimpleNamespace(ListRuns=refuses)
+        return made
+
+    found = control(404, '{"message": "Run ID not found."}').run(5)
+    assert (found.over, found.known) == (True, False)
+    for status, text in ((404, "no such path"), (500, "Run ID not found.")):
+        with pytest.raises(ServiceError, match=f"refuses .{status}"):
+            control(status, text).run(5)
+
+
+def test_an_app_that_is_killed_is_told_at_once(home: CoordinatorHome) -> None:
+    """Flower still says that it runs; its lock on the folder is gone."""
+    store = RunStore(home.runs / "one", lambda folder, adapter: None)
+    with contextlib.closing(EventLog(home.runs / "one" / "events.jsonl")) as log:
+        log(STARTED)
+        events = submission.follow(home, submission.Submission("one", 41, 0))
+        assert next(events).name() == "run_started"
+        log(PhaseStarted(phase="rounds"))
+        assert next(events).name() == "phase_started"
+        store.close()
+        with pytest.raises(RunError, match=r"ended before the run did: it was killed, or failed; resume it"):
+            next(events)
 
 
 def test_names_of_runs_are_new_each_time() -> None:

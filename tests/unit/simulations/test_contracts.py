@@ -11,7 +11,7 @@ from common.errors import DataError
 from simulations import contracts_phrases as phrases
 from simulations.contracts import FIRMS, LABELS, records
 
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test", "public")
 # What a site's name may be in a manifest: the natural partitioner names sites for their groups.
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -82,7 +82,9 @@ def test_a_contract_belongs_to_one_firm_and_holds_six_to_ten_clauses() -> None:
         assert set(clauses.values()) <= set(range(6, 11))
 
 
-@pytest.mark.parametrize(("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 300, 380)])
+@pytest.mark.parametrize(
+    ("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 300, 380), ("public", 2600, 3200)]
+)
 def test_splits_have_their_sizes(split: str, low: int, high: int) -> None:
     assert low <= len(split_of(split)) <= high
 
@@ -156,7 +158,7 @@ def test_neighbours_and_topics_name_types() -> None:
 
 @pytest.mark.parametrize("split", ["validation", "", "Train"])
 def test_an_unknown_split_is_refused_at_once_in_one_line(split: str) -> None:
-    with pytest.raises(DataError, match=r"split must be one of train, dev, test, found") as caught:
+    with pytest.raises(DataError, match=r"split must be one of train, dev, test, public, found") as caught:
         records(split, 0)
 
     assert "\n" not in str(caught.value)

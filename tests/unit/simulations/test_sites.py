@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import traceback
 from collections import Counter
@@ -201,6 +202,21 @@ def test_files_are_looked_for_in_the_data_folder_first(tmp_path: Path, manifest_
     (tmp_path / "data" / "train.jsonl").unlink()
     second = read_federation(manifest, [tmp_path / "data", tmp_path])
     require_whole_units(second, [row["text"] for row in rows(20, start=50)])
+
+
+def test_public_records_that_were_not_agreed_on_are_refused(tmp_path: Path, manifest_for: MakeManifest) -> None:
+    for name in ("train", "public"):
+        write(tmp_path / f"{name}.jsonl", rows(30))
+    simulation = {"train": "train.jsonl", "sites": 3, "partitioner": "iid"}
+    agreed = hashlib.sha256((tmp_path / "public.jsonl").read_bytes()).hexdigest()
+    for digest, fits in ((agreed, True), (None, True), ("0" * 64, False)):
+        evaluation = {"public": "public.jsonl", **({"public_sha256": digest} if digest else {})}
+        manifest = manifest_for(simulation=simulation, evaluation=evaluation)
+        if fits:
+            assert len(read_federation(manifest, [tmp_path]).public) == 30
+            continue
+        with pytest.raises(DataError, match=r"evaluation.public: .* was agreed on"):
+            read_federation(manifest, [tmp_path])
 
 
 def test_a_missing_file_is_one_line_that_says_where_was_looked(tmp_path: Path, manifest_for: MakeManifest) -> None:

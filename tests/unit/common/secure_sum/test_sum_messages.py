@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common.errors import MalformedMessage, SecureSumError, SignatureRefused
 from common.identity import Identity
+from common.ledger_statement import STATEMENT_BYTES
 from common.secure_sum.messages import (
     COORDINATOR,
     MOST_BYTES,
@@ -46,16 +47,17 @@ def by_site(values: st.SearchStrategy[object]) -> st.SearchStrategy[dict[int, ob
     return SITES.flatmap(lambda sites: st.fixed_dictionaries(dict.fromkeys(sites, values)))
 
 
+STATED = st.one_of(st.just(b""), fixed(STATEMENT_BYTES))
 BODIES: st.SearchStrategy[Body] = st.one_of(
     st.builds(RoundStart, HASH, SITES.map(tuple), st.binary(max_size=300)),
-    st.builds(Advertise, HASH, HASH, HASH, HASH),
-    st.builds(KeyList, st.lists(fixed(226), max_size=4).map(tuple)),
+    st.builds(Advertise, HASH, HASH, HASH, HASH, STATED, by_site(fixed(STATEMENT_BYTES))),
+    st.builds(KeyList, st.lists(st.binary(max_size=300), max_size=4).map(tuple)),
     st.builds(Shares, HASH, by_site(fixed(SEALED_BYTES))),
     st.builds(ShareForward, SITES.map(tuple), by_site(fixed(SEALED_BYTES))),
     st.builds(Masked, HASH, HASH, HASH, st.binary(max_size=64).map(lambda data: data * 8)),
     st.builds(Survivors, HASH, by_site(HASH)),
-    st.builds(Confirm, HASH),
-    st.builds(ConfirmList, st.lists(fixed(130), max_size=4).map(tuple)),
+    st.builds(Confirm, HASH, STATED),
+    st.builds(ConfirmList, st.lists(st.binary(max_size=300), max_size=4).map(tuple)),
     st.builds(Reveal, HASH, by_site(st.tuples(st.sampled_from(list(Revealed)), fixed(33)))),
     st.builds(Refuse, st.from_regex(r"\A[A-Za-z0-9_:]{1,80}\Z")),
     st.builds(Complaint, st.integers(0, 2**16 - 1), HASH),
@@ -125,7 +127,12 @@ def signed(kind: int, body: bytes, version: int = 1) -> bytes:
         (7, b"p" * 32 + b"\x01\x00" + b"\x00\x08" + b"a" * 32),  # site 2048
         (7, b"p" * 32 + b"\x01\x08"),  # more sites than there can be
         (3, b"\xff\xff"),
-        (3, b"\x01\x00" + bytes(225)),
+        (3, b"\x01\x00" + b"\xe2\x00" + bytes(225)),
+        (3, b"\x01\x00" + b"\xff\xff" + bytes(65535)),  # more than an Advertise can have
+        (8, bytes(32) + b"\x02" + bytes(2 * STATEMENT_BYTES)),  # two statements of a ledger
+        (8, bytes(32) + b"\x01" + bytes(STATEMENT_BYTES - 1)),
+        (9, b"\x01\x00" + b"\x00\x02" + bytes(512)),  # more than a Confirm can have
+        (2, bytes(129) + b"\x09\x00" + b"".join(bytes([n, 0]) + bytes(STATEMENT_BYTES) for n in range(9))),
         (10, b"p" * 32 + b"\x01\x00\x00\x00\x02" + bytes(33)),  # a third kind of share
         (6, bytes(96) + b"\x01\x00" + bytes(4)),  # a proof
         (6, bytes(96) + b"\x00\x00" + b"\xff\xff\xff\xff"),  # 32 GiB
@@ -147,9 +154,9 @@ def test_what_is_not_canonical_is_malformed(kind: int, body: bytes) -> None:
 
 
 def test_another_version_is_malformed() -> None:
-    read(signed(8, bytes(32)), key_of)
+    read(signed(8, bytes(33)), key_of)
     with pytest.raises(MalformedMessage, match="version 2"):
-        read(signed(8, bytes(32), version=2), key_of)
+        read(signed(8, bytes(33), version=2), key_of)
 
 
 def test_a_message_has_a_most_length_which_is_seen_first() -> None:

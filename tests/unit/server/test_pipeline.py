@@ -1,0 +1,179 @@
+"""The steps of distillation: each changes what it says, all of it is measured, and nothing is left of a failure."""
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config.manifest import Manifest
+from common.errors import DistillationError
+from common.records import TextRecord
+from server.assessment.opening import open_model
+from server.distillation.corpus import corpus_of
+from server.distillation.domain_model import DomainModel
+from server.distillation.measuring import Measured
+from server.distillation.pipeline import Data, Distilled, distil_to
+from server.distillation.planning import FEWEST_PIECES, MOST_PIECES, most_pieces
+from server.distillation.training import distil
+from tests.unit.server.test_distillation import public, teacher_of, texts
+
+
+def records(count: int) -> list[TextRecord]:
+    """Labels that a model can learn: whether a text begins with a word of the first half of the alphabet."""
+    return [TextRecord(unit=str(n), text=t, label="ab"[t.split()[0] < "m"]) for n, t in enumerate(texts(count))]
+
+
+@pytest.fixture(scope="module")
+def taught(manifest_for: Callable[..., Manifest]) -> DomainModel:
+    """A teacher that knows the task."""
+    manifest = manifest_for(
+        distillation={"epochs": 4, "batch_size": 8, "learning_rate": 4e-3, "label_weight": 9.0, "hidden_weight": 0.0}
+    )
+    teacher = teacher_of(manifest)
+    corpus = corpus_of(records(100), manifest, labelled=[True] * 100)
+    return distil(teacher, teacher_of(manifest), corpus, manifest.distillation)
+
+
+def wish(model: DomainModel, **settings: Any) -> DomainModel:
+    """The model with other settings of [distillation]."""
+    values = {"size": "1/3", "epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "exports": ("safetensors",)}
+    section = model.manifest.distillation.model_copy(update={**values, **settings})
+    manifest = model.manifest.model_copy(update={"distillation": section})
+    return DomainModel(model.network, model.tokenizer, manifest)
+
+
+def data(model: DomainModel) -> Data:
+    corpus = corpus_of(public("text-classification", 100), model.manifest)
+    return Data(corpus=corpus, dev=records(160)[100:130], test=records(160)[130:])
+
+
+@pytest.fixture(scope="module")
+def whole(taught: DomainModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Distilled, list[Measured]]:
+    """All steps at once."""
+    told: list[Measured] = []
+    folder = tmp_path_factory.mktemp("distilled") / "compact"
+    model = wish(taught, terms=3, exports=("safetensors", "onnx-int8"), max_loss=0.5)
+    origin = {"license": "cc-by-4.0"}
+    return folder, distil_to(folder, model, data(model), origin=origin, listen=told.append), told
+
+
+def test_every_step_is_measured_on_the_same_records(whole: tuple[Path, Distilled, list[Measured]]) -> None:
+    _, done, told = whole
+    assert [line.step for line in done.steps] == [
+        "teacher",
+        "vocabulary",
+        "terms",
+        "student",
+        "train",
+        "safetensors",
+        "onnx-int8",
+    ]
+    assert list(done.steps) == told
+    for line in done.steps:
+        assert set(line.dev) == set(line.test) == {"accuracy", "macro_f1", "loss"}
+        assert line.agreement is not None
+        assert 0 <= line.agreement <= 1
+        assert line.latency_ms > 0
+        assert line.bytes > 0
+    assert done.steps[0].agreement == 1
+    assert done.steps[0].dev["accuracy"] > 0.9
+
+
+def test_each_step_makes_it_smaller_and_training_makes_it_good(whole: tuple[Path, Distilled, list[Measured]]) -> None:
+    _, done, _ = whole
+    by_name = {line.step: line for line in done.steps}
+    sizes = [by_name[name].parameters or 0 for name in ("teacher", "vocabulary", "student", "train")]
+    assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
+    assert sizes[3] <= sizes[0] / 3
+    assert by_name["safetensors"].bytes < by_name["teacher"].bytes / 2.9
+    assert by_name["train"].test["loss"] < by_name["student"].test["loss"]
+    assert done.met, done.verdict
+
+
+def test_the_folder_is_a_model_with_a_card_of_all_steps(whole: tuple[Path, Distilled, list[Measured]]) -> None:
+    folder, done, _ = whole
+    model = open_model(folder)
+    assert model.parameters == next(line.parameters for line in done.steps if line.step == "train")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for line in done.steps:
+        assert f"| {line.step} |" in card
+    assert 'license: "cc-by-4.0"' in card or "license: cc-by-4.0" in card
+    assert "counted on public text" in card
+    facts = json.loads((folder / "coadapt.json").read_text())["facts"]
+    assert [step["name"] for step in facts["steps"]] == [line.step for line in done.steps]
+    assert 0.9 < facts["vocabulary"]["coverage"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("step", "changed"),
+    [("vocabulary", {"parameters"}), ("student", {"parameters"}), ("train", set()), ("terms", {"parameters"})],
+)
+def test_a_step_alone(step: str, changed: set[str], taught: DomainModel, tmp_path: Path) -> None:
+    model = wish(taught, terms=3, epochs=1, size="1/1", layers=1)
+    done = distil_to(tmp_path / "made", model, data(model), only=[step])
+    assert [line.step for line in done.steps] == ["teacher", step, "safetensors"]
+    before, after = done.steps[:2]
+    assert ({"parameters"} if before.parameters != after.parameters else set()) == changed
+
+
+def test_a_missed_target_is_told_with_what_to_do(taught: DomainModel, tmp_path: Path) -> None:
+    model = wish(taught, epochs=1, learning_rate=1e-9, max_loss=0.0, size="1/4")
+    done = distil_to(tmp_path / "made", model, data(model), only=["vocabulary", "student"])
+    assert not done.met
+    assert "distillation.max_loss allows 0" in done.verdict
+    assert (tmp_path / "made" / "README.md").is_file()
+    whole = distil_to(tmp_path / "vocabulary", wish(taught), data(model), only=["vocabulary"])
+    assert "The size 1/3 was not reached: the step 'student' was left out" in whole.verdict
+
+
+def test_without_labels_agreement_decides(taught: DomainModel, tmp_path: Path) -> None:
+    model = wish(taught, max_loss=0.9)
+    corpus = corpus_of(public("text-classification", 80), model.manifest)
+    done = distil_to(tmp_path / "made", model, Data(corpus=corpus))
+    assert "of held-out public text" in done.verdict
+    assert done.met
+    assert all(line.dev == line.test == {} for line in done.steps)
+
+
+def test_a_student_from_scratch(taught: DomainModel, tmp_path: Path) -> None:
+    model = wish(taught, from_scratch=True, vocabulary=270, epochs=4, max_loss=0.9)
+    done = distil_to(tmp_path / "made", model, data(model))
+    assert [line.step for line in done.steps] == ["teacher", "student", "train", "safetensors"]
+    assert (done.steps[2].parameters or 0) <= model.parameters / 3
+    assert done.steps[2].test["loss"] < done.steps[1].test["loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": "1/900"}, "can be met"),
+        ({"vocabulary": 1990}, "too small for a vocabulary"),
+        ({"terms": "gone.txt"}, "gone.txt"),
+        ({"exports": ("gguf",)}, "causal"),
+    ],
+)
+def test_bad_wishes_end_in_one_line_and_leave_nothing(
+    settings: dict[str, Any], words: str, taught: DomainModel, tmp_path: Path
+) -> None:
+    model = wish(taught, **settings)
+    with pytest.raises(DistillationError, match=words) as caught:
+        distil_to(tmp_path / "made", model, data(model), only=["vocabulary", "terms", "student"])
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_never_written_over(taught: DomainModel, tmp_path: Path) -> None:
+    with pytest.raises(DistillationError, match="exists already"):
+        distil_to(tmp_path, taught, data(taught))
+
+
+def test_words_get_two_fifths_of_the_wanted_size(taught: DomainModel) -> None:
+    width = taught.network.config.hidden_size
+    assert most_pieces(taught, Fraction(1, 500)) == FEWEST_PIECES
+    huge = Fraction(10 * MOST_PIECES * width, taught.parameters)
+    assert most_pieces(taught, huge) == MOST_PIECES
+    middle = Fraction(5000 * width, taught.parameters)
+    assert most_pieces(taught, middle) == 2000
