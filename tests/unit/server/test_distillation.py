@@ -76,19 +76,15 @@ def test_softened_answers_cost_what_the_formula_says(temperature: float, seed: i
     assert soft_cross_entropy(teacher, teacher, temperature).abs().max() < 1e-5
 
 
-def test_hidden_distance_looks_at_kept_tokens_alone_and_at_no_scale() -> None:
+def test_hidden_distance_is_in_units_of_the_teachers_spread() -> None:
     torch.manual_seed(0)
-    teacher, student = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
-    keep = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    found = hidden_distance([student], [teacher], keep)
-    rows = [(0, 0), (0, 1), (1, 0)]
-    chosen = torch.stack([teacher[row] for row in rows])
-    expected = torch.stack([(student[row] - teacher[row]) ** 2 for row in rows]).mean() / chosen.var()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(hidden_distance([3 * student], [3 * teacher], keep), expected)
-    student[0, 3] += 100
-    torch.testing.assert_close(hidden_distance([student], [teacher], keep), expected)
-    assert hidden_distance([student], [teacher], torch.zeros_like(keep)) == 0
+    teacher, student = torch.randn(5, 6), torch.randn(5, 6)
+    spread = sum((float(v) - float(teacher.mean())) ** 2 for v in teacher.flatten()) / 29
+    far = sum((float(a) - float(b)) ** 2 for a, b in zip(teacher.flatten(), student.flatten(), strict=True)) / 30
+    found = hidden_distance([student, teacher], [teacher, teacher])
+    assert float(found) == pytest.approx(far / spread / 2, rel=1e-5)
+    torch.testing.assert_close(hidden_distance([3 * student, teacher], [3 * teacher, teacher]), found)
+    assert hidden_distance([teacher[:0]], [teacher[:0]]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
