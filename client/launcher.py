@@ -7,12 +7,15 @@
 Flower's control API lets whoever reaches it ship code to every site. Here nothing that is shipped is unpacked or run:
 the bundle's digest must be that of the one bundle without code, and what runs is the installed `client.app:app`. Only
 client apps are started, whatever kind of task a run asks for. What Flower would say of an error is replaced by a fixed
-word. Flower's own waits are shortened. Each change is made to a module whose text is pinned (`client/flower_pins.py`).
+word. Flower's own waits are shortened, or ended by what is waited for. Each change is made to a module whose text is
+pinned (`client/flower_pins.py`).
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -27,14 +30,21 @@ from client.flower_pins import require_known_flower
 from common.errors import AppRefused, CoadaptError, EnrolmentError, error_code
 from common.flower import ClientApp
 
-__all__ = ["AGREEMENT", "admit", "agreed_digest", "main"]
+__all__ = ["AGREEMENT", "Waits", "admit", "agreed_digest", "main", "woken"]
 
 # Environment variable with the path of the agreement's copy in the relay's folder.
 AGREEMENT = "COADAPT_AGREEMENT"
 
-# Flower's SuperNode waits 3 s between looks for a message, and 0.5 s between looks for the relay's reply.
-IDLE_SECONDS = 0.25
+# Flower's SuperNode waits 3 s between looks for a message. Here it looks often while a round goes on, and the longer
+# nothing came the less: every look is a request that the coordinator's SuperLink must answer. It waits at most for this
+# part of the time that has passed since the last message, so a message waits at most so much longer than it would.
+IDLE_SECONDS, MOST_IDLE_SECONDS, IDLE_SHARE = 0.25, 3.0, 1 / 6
+
+# It waits 0.5 s between looks for the relay's reply, which lies in its own memory.
 REPLY_SECONDS = 0.05
+
+# Environment variable with the descriptor of the pipe by which the SuperNode wakes its SuperExec.
+WAKE = "COADAPT_WAKE"
 
 # What the process of a message imports, which is done once, before it is forked.
 _OF_A_MESSAGE = ("flwr.supernode.cli.flwr_clientapp", "flwr.supernode.runtime.run_clientapp", "client.app")
@@ -133,6 +143,7 @@ def _superexec() -> None:
     """
     from flwr.supercore.cli import flower_superexec
     from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+    from flwr.supercore.superexec import run_superexec
     from flwr.supercore.superexec.executor import subprocess_executor
     from flwr.supercore.superexec.plugin import AutoExecPlugin
 
@@ -142,10 +153,26 @@ def _superexec() -> None:
         TASK_TYPE_TO_COMMAND={TaskType.CLIENT_APP: TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP]},
         subprocess=SimpleNamespace(Popen=_forked, DEVNULL=subprocess.DEVNULL),
     )
+    if wake := os.environ.pop(WAKE, ""):
+        _replace(run_superexec, time=SimpleNamespace(sleep=woken(int(wake))))
     for module in _OF_A_MESSAGE:
         importlib.import_module(module)
     agreed_digest()  # remembers the bundle that it makes
     flower_superexec()
+
+
+def woken(pipe: int) -> Callable[[float], None]:
+    """A sleep that ends when something is written to the pipe; where nobody can write to it any more, a plain one."""
+    closed = False
+
+    def sleep(seconds: float) -> None:
+        nonlocal closed
+        if closed:
+            time.sleep(seconds)
+        elif select.select([pipe], [], [], seconds)[0]:
+            closed = not os.read(pipe, 4096)
+
+    return sleep
 
 
 def _forked(command: list[str], **_: Any) -> None:
@@ -177,11 +204,16 @@ def _supernode() -> None:
     from flwr.supernode import start_client_internal as module
     from flwr.supernode.cli import flower_supernode
 
-    def sleep(seconds: float) -> None:
-        time.sleep(IDLE_SECONDS if seconds >= 1 else REPLY_SECONDS)
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+
+    def wake() -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # it is awake, or has ended and is missed elsewhere
+            os.write(writes, b"!")
 
     def started(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-        process = subprocess.Popen(command, **options)
+        environment = {**os.environ, WAKE: str(reads)}
+        process = subprocess.Popen(command, env=environment, pass_fds=(reads,), **options)
         threading.Thread(target=_end_with, args=(process,), daemon=True).start()
         return process
 
@@ -190,10 +222,38 @@ def _supernode() -> None:
         # A run of Flower's agents would otherwise start `flwr-agentapp`, and no other message would be taken till then.
         TaskType=SimpleNamespace(AGENT_APP=TaskType.CLIENT_APP, CLIENT_APP=TaskType.CLIENT_APP),
         get_fused_config_from_fab=lambda *_: {},  # it would unzip the bundle here, before anyone admitted it
-        time=SimpleNamespace(sleep=sleep),
+        time=SimpleNamespace(sleep=Waits(wake).sleep),
         subprocess=SimpleNamespace(Popen=started),
     )
     flower_supernode()
+
+
+class Waits:
+    """The SuperNode's sleeps, by which alone it can be told what it is at: before a long one it looked for a message in
+    vain, before a short one for the answer to a message. `wake` is called once for each message, when its task is there
+    for the SuperExec. `clock` is in seconds."""
+
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rest: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._wake, self._clock, self._rest = wake, clock, rest
+        self._busy, self._last = False, clock()
+
+    def sleep(self, seconds: float) -> None:
+        """In place of `time.sleep` in Flower's loop."""
+        if seconds < 1:
+            if not self._busy:
+                self._wake()
+            self._busy, self._last = True, self._clock()
+            self._rest(REPLY_SECONDS)
+            return
+        self._busy = False
+        since = self._clock() - self._last
+        self._rest(min(MOST_IDLE_SECONDS, max(IDLE_SECONDS, IDLE_SHARE * since)))
 
 
 def _end_with(process: "subprocess.Popen[bytes]") -> None:

@@ -127,7 +127,6 @@ class Node:
             "FLWR_HOME": str(self._folder),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "OMP_NUM_THREADS": "1",
             AGREEMENT: str(self._agreement_file),
             SOCKET: str(self._home.socket.absolute()),

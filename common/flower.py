@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from common.errors import MessageError
 
 __all__ = [
+    "SMALL_BYTES",
     "UNREADABLE",
     "ClientApp",
     "ConfigRecord",
@@ -38,6 +39,11 @@ __all__ = [
 
 ENVELOPE = "envelope"
 
+# An envelope of at most so many bytes travels as one value of Flower's, a larger one as an array, which Flower cuts up.
+# Flower carries every nested object in a request of its own, through every process on the way: an array in its
+# chunk, its array, its record and its message are five, a value three.
+SMALL_BYTES = 1 << 20
+
 # What Flower raises where it cannot build a message from what the other side wrote. A SuperLink that is gone is another
 # kind of error.
 UNREADABLE: tuple[type[Exception], ...] = (
@@ -52,7 +58,9 @@ UNREADABLE: tuple[type[Exception], ...] = (
 
 
 def pack(data: bytes) -> RecordDict:
-    """An envelope as a Flower record: one array of bytes, which Flower sends in pieces when it is large."""
+    """An envelope as a Flower record: one value, or where it is large one array of bytes, which Flower cuts up."""
+    if len(data) <= SMALL_BYTES:
+        return RecordDict({ENVELOPE: ConfigRecord({ENVELOPE: data})})
     return RecordDict({ENVELOPE: ArrayRecord({ENVELOPE: Array(np.frombuffer(data, dtype=np.uint8))})})
 
 
@@ -62,6 +70,12 @@ def unpack(content: RecordDict) -> bytes:
     Raises:
         MessageError: there is none.
     """
+    small = content.config_records.get(ENVELOPE)
+    if small is not None:
+        value = small.get(ENVELOPE)
+        if not isinstance(value, bytes):
+            raise MessageError("a Flower message carries no envelope")
+        return value
     try:
         written = io.BytesIO(content.array_records[ENVELOPE][ENVELOPE].data)
         # numpy.load would take other formats too, and allocate what a header asks for before it looks for the bytes.

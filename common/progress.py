@@ -32,6 +32,7 @@ __all__ = [
     "RunStopped",
     "SiteFailed",
     "SiteFinished",
+    "StageFinished",
     "SumOpened",
     "read_events",
 ]
@@ -120,6 +121,20 @@ class SumOpened(Event):
     dropped: tuple[str, ...]
     threshold: int
     transcript: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFinished(Event):
+    """A stage of a secure sum is over: every site that was asked has answered, or failed, or its time was up.
+
+    `stage` is one of `common.secure_sum.coordinator.Stage`. `seconds` is wall time from when the messages were handed
+    out; `waited` is how much of it passed until each site's answer had come.
+    """
+
+    round: int
+    stage: str
+    seconds: float
+    waited: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,6 +145,7 @@ def consent(
 def start(
     home: Home = HERE,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and end with this command.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Let the gate log each request, a JSON line.")] = False,
 ) -> None:
     """Start the SuperLink on loopback and the gate on the public port, and keep them running."""
     from common.errors import ServiceError
@@ -162,7 +163,7 @@ def start(
         raise ServiceError(f"the gate's certificate {words}: coadapt coordinator renew")
     if level == "warning":
         _say(f"warning: the gate's certificate {words}: coadapt coordinator renew")
-    programs = coordinator_programs(place)
+    programs = coordinator_programs(place, log_json=log_json)
     if foreground:
         supervise(programs, place.processes, place.logs)
         return

@@ -9,7 +9,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,9 @@ MESSAGE_TYPE = "query"
 LOST_SECONDS = 90.0
 # How long is waited after a failure on the way before the same is sent again.
 AGAIN_SECONDS = 3.0
-# How often Flower is asked for replies, which costs a request on loopback.
-LOOK_SECONDS = 0.1
+# How often Flower is asked for replies, which costs the SuperLink as much as any other request: often at first, and
+# then after this part of the time that has passed since something came or was sent.
+LOOK_SECONDS, MOST_LOOK_SECONDS, LOOK_SHARE = 0.1, 1.0, 1 / 6
 # How often the list of nodes is fetched while a site is missing.
 NODES_SECONDS = 2.0
 
@@ -141,7 +142,7 @@ class FieldChannel:
         Raises:
             Interrupted: the person asked to stop.
         """
-        began = time.monotonic()
+        began = last = time.monotonic()
         asked = {
             site: _Asked(
                 site,
@@ -160,6 +161,7 @@ class FieldChannel:
             self._send_due(asked, now)
             for each, outcome in self._taken_in(asked, now):
                 del asked[each.site]
+                last = time.monotonic()
                 yield outcome
             for each in list(asked.values()):
                 # From when it was last there, and not from the beginning: a site that is killed may come back.
@@ -175,7 +177,7 @@ class FieldChannel:
                     code = "absent" if absent else each.trouble or "timeout"
                     yield Reply(each.site, None, code, 0, len(each.payload))
             if asked:
-                self._stop.wait(LOOK_SECONDS)
+                self._stop.wait(_pause(asked.values(), last, now))
 
     def _find_nodes(self, asked: Mapping[str, _Asked], now: float) -> None:
         """Greet nodes that are not known yet; the signed answer says which site one is."""
@@ -346,6 +348,13 @@ class FieldChannel:
         """Of an answer that was verified."""
         if answer.ledger:
             self._heads.saw(self._names[answer.site], LedgerStatement.parse(bytes.fromhex(answer.ledger)))
+
+
+def _pause(asked: Collection[_Asked], last: float, now: float) -> float:
+    """Seconds until it is worth looking again: for a reply (the last came at `last`), or to send what is due."""
+    since = now - max([last, *(each.sent_at for each in asked if each.message)])
+    due = [each.next_at - now for each in asked if not each.message]
+    return max(LOOK_SECONDS, min([MOST_LOOK_SECONDS, LOOK_SHARE * since, *due]))
 
 
 def _site_in(data: bytes) -> int:

@@ -219,7 +219,11 @@ class SecureCollection:
             # 1. One attempt among the sites that can take part.
             before = journal.written
             protocol = self._protocol(asked, among, number)
-            attempt = SumAttempt(protocol, self._of(among), self._channel, journal, told)
+            attempt = SumAttempt(
+                *(protocol, self._of(among), self._channel, journal, told),
+                number=asked.header.round,
+                report=self._report,
+            )
             try:
                 return self._opened(asked, attempt, number, journal, told)
             except SecureSumError as error:

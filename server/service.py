@@ -19,12 +19,12 @@ USER = "coadapt-coordinator"
 LOW_PORT = (("CapabilityBoundingSet", "CAP_NET_BIND_SERVICE"), ("AmbientCapabilities", "CAP_NET_BIND_SERVICE"))
 
 
-def coordinator_programs(home: CoordinatorHome) -> list[Program]:
-    """SuperLink (loopback) and gate (public)."""
+def coordinator_programs(home: CoordinatorHome, *, log_json: bool = False) -> list[Program]:
+    """SuperLink (loopback) and gate (public), which with `log_json` logs a line of JSON for each request."""
     folder = str(home.folder.absolute())
     return [
         Program(name="superlink", command=module_command("server.superlink", folder)),
-        Program(name="gate", command=module_command("server.gate", folder)),
+        Program(name="gate", command=module_command("server.gate", folder, *(["--log-json"] if log_json else []))),
     ]
 
 

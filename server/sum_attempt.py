@@ -5,10 +5,12 @@ to where it stood; then the sites that have not answered in that stage are sent 
 payload once, so asking again tells it nothing, and tells the coordinator nothing more.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.errors import SecureSumError
+from common.progress import EventSink, StageFinished
 from common.secure_sum.coordinator import CoordinatorRound, Opened, Stage
 from server.channel import Channel
 from server.journal import Journal
@@ -27,10 +29,19 @@ class Told:
 
 
 class SumAttempt:
-    """One attempt. `numbers` are the invited sites' numbers in the roster, by name; `told` is added to."""
+    """One attempt at a sum of round `number`. `numbers` are the invited sites' numbers in the roster, by name; `told`
+    is added to; `report` hears of every stage that was gone through here, and of none that is replayed."""
 
     def __init__(
-        self, protocol: CoordinatorRound, numbers: Mapping[str, int], channel: Channel, journal: Journal, told: Told
+        self,
+        protocol: CoordinatorRound,
+        numbers: Mapping[str, int],
+        channel: Channel,
+        journal: Journal,
+        told: Told,
+        *,
+        number: int,
+        report: EventSink,
     ) -> None:
         self.protocol, self._numbers, self._channel, self._journal, self._told = (
             protocol,
@@ -39,7 +50,8 @@ class SumAttempt:
             journal,
             told,
         )
-        self._names = {number: name for name, number in numbers.items()}
+        self._names = {site: name for name, site in numbers.items()}
+        self._round, self._report = number, report
 
     def run(self, request: bytes, *, kind: str) -> Opened:
         """Send the request, which holds the sum's first message, and go through all stages.
@@ -78,7 +90,10 @@ class SumAttempt:
             return
         failures: dict[str, str] = {}
         reasons: dict[str, str] = {}
+        waited: dict[str, float] = {}
+        stage, began = self.protocol.stage, time.monotonic()
         for reply in self._channel.exchange(waiting, kind=kind) if waiting else ():
+            waited[reply.site] = time.monotonic() - began
             if reply.code:
                 failures[reply.site] = reply.code
                 if reply.reason:
@@ -87,8 +102,10 @@ class SumAttempt:
                 continue
             self._journal.append("message", {"site": reply.site, "bytes_up": reply.bytes_up}, reply.data)
             self._receive(reply.site, reply.data, reply.bytes_up)
+        seconds = time.monotonic() - began
         told.failures.update(failures)
         told.reasons.update(reasons)
+        self._report(StageFinished(round=self._round, stage=stage.value, seconds=seconds, waited=waited))
         self._journal.append("ended", {"failures": failures, "reasons": reasons})
 
     def _receive(self, name: str, data: bytes, bytes_up: int) -> None:

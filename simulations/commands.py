@@ -276,18 +276,20 @@ def distill(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Name of the benchmark: simulation, dp-step or secure-sum.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the benchmark: simulation, dp-step, secure-sum or round-latency.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     sites: Annotated[
         list[int] | None, typer.Option(min=2, help="Number of sites; secure-sum takes it more than once.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds of the simulation.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds of the simulation; counted rounds of a turn of round-latency.")
+    ] = 3,
     values: Annotated[
         list[int] | None, typer.Option(min=1, help="Length of the vector in secure-sum; may be given more than once.")
     ] = None,
-    repetitions: Annotated[
-        int | None, typer.Option(min=1, help="Turns of dp-step and secure-sum, of which medians are taken.")
-    ] = None,
+    repetitions: Annotated[int | None, typer.Option(min=1, help="Turns, of which medians are taken.")] = None,
 ) -> None:
     """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
     from simulations.benchmarks.bench import print_bench

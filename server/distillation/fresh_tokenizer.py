@@ -102,6 +102,9 @@ def _unigram(rows: Sequence[str], pieces: int, like: PreTrainedTokenizerBase) ->
         max_piece_length=16,
         show_progress=False,
     )
+    characters = len({sign for row in rows for sign in row if not sign.isspace()}) + 1
+    # The library's trainer ends in an exception of its own where its pieces cannot hold every character.
+    _check_room(pieces, len(head) + len(_BYTES) + characters, "special tokens, bytes and the characters of the corpus")
     backend.train_from_iterator(rows, trainer)
     # The trainer knows no bytes: they are put in behind the special tokens, each as unlikely as the rarest piece.
     spec = json.loads(backend.to_str())

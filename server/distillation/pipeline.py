@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config.manifest import LOWER_IS_BETTER
 from common.errors import DistillationError
 from common.records import Record
 from server.assessment.timing import latency, one_thread, texts_of
@@ -26,6 +25,7 @@ from server.distillation.student import from_scratch, keep_layers, keep_position
 from server.distillation.term_search import find_terms
 from server.distillation.terms import add_terms, new_terms, read_terms
 from server.distillation.training import distil
+from server.distillation.verdict import judge
 from server.distillation.vocabulary import apply_vocabulary, measure_coverage, trim
 
 __all__ = ["STEPS", "Data", "Distilled", "distil_to"]
@@ -137,7 +137,8 @@ def distil_to(
         _train(work)
     # 5. Files, each compared with its source and measured; the model card.
     _export(work, folder, origin or {})
-    return _judged(work)
+    verdict, met = judge(work.lines, teacher.manifest.distillation, teacher.manifest.metrics[0])
+    return Distilled(steps=tuple(work.lines), verdict=verdict, met=met)
 
 
 def _trim(work: _Work) -> None:
@@ -209,7 +210,7 @@ def _fresh_student(work: _Work) -> None:
             else find_terms(texts, work.teacher.tokenizer, most=wanted)
         )
     budget = int(settings.ratio * work.teacher.parameters)
-    pieces = settings.vocabulary if isinstance(settings.vocabulary, int) else LEAST_PIECES
+    pieces = settings.vocabulary if isinstance(settings.vocabulary, int) else None
     tokenizer = train_tokenizer(texts, kind="unigram", pieces=pieces, terms=terms, like=work.teacher.tokenizer)
     work.student = from_scratch(manifest, tokenizer, parameters=budget)
     note = f"{len(tokenizer):,} pieces, {len(terms):,} of them whole terms; random weights"
@@ -261,28 +262,3 @@ def _as_fact(line: Measured) -> dict[str, Any]:
         "figures": line.test or line.dev,
         "latency_ms": line.latency_ms,
     }
-
-
-def _judged(work: _Work) -> Distilled:
-    """Whether size and loss are what was wanted, told on dev records or by agreement, and what to do if not."""
-    settings, metric = work.teacher.manifest.distillation, work.teacher.manifest.metrics[0]
-    teacher = work.lines[0]
-    final = next(line for line in reversed(work.lines) if line.parameters is not None)
-    share = work.student.parameters / work.teacher.parameters
-    if teacher.dev:
-        change = final.dev[metric] - teacher.dev[metric]
-        lost = change if metric in LOWER_IS_BETTER else -change
-        told = f"{metric} {teacher.dev[metric]:.3f} to {final.dev[metric]:.3f} on dev records"
-    else:
-        lost = 1 - (final.agreement or 0.0)
-        told = f"the teacher's answer on {final.agreement or 0.0:.1%} of held-out public text"
-    small, good = share <= float(settings.ratio) * (1 + 1e-9), lost <= settings.max_loss
-    words = f"{work.student.parameters:,} parameters, {share:.3f} of the teacher's; {told}"
-    if not small:
-        words += f". The size {settings.size} was not reached: the step 'student' was left out"
-    if not good:
-        words += (
-            f". It loses {lost:.3f} where distillation.max_loss allows {settings.max_loss:g}: give more public text,"
-            " more distillation.epochs or a larger distillation.size"
-        )
-    return Distilled(steps=tuple(work.lines), verdict=words + ".", met=small and good)

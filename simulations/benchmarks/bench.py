@@ -9,14 +9,15 @@ import torch
 
 from common.errors import RunError
 from simulations.benchmarks.dp_step import measure_dp_step
+from simulations.benchmarks.round_latency import measure_round_latency
 from simulations.benchmarks.secure_sum import SITES, VALUES, measure_secure_sum
-from simulations.benchmarks.simulation import measure_simulation
+from simulations.benchmarks.simulation import REPETITIONS, measure_simulation
 
 __all__ = ["print_bench"]
 
-BENCHMARKS = ("dp-step", "secure-sum", "simulation")
+BENCHMARKS = ("dp-step", "round-latency", "secure-sum", "simulation")
 SIMULATED_SITES = 20
-DP_STEPS, TURNS = 7, 3
+DP_STEPS, TURNS, LATENCY_TURNS = 7, 3, 2
 
 
 def print_bench(
@@ -39,12 +40,16 @@ def print_bench(
         raise RunError(f"no benchmark {name!r}; there is {', '.join(BENCHMARKS)}")
     if name == "dp-step":
         figures = measure_dp_step(repetitions=repetitions or DP_STEPS)
+    elif name == "round-latency":
+        figures = measure_round_latency(rounds=rounds, turns=repetitions or LATENCY_TURNS)
     elif name == "secure-sum":
         figures = measure_secure_sum(values=values or VALUES, sites=sites or SITES, repetitions=repetitions or TURNS)
     else:
         if len(sites) > 1:
             raise RunError(f"the simulation is measured with one number of sites, not {len(sites)}; give --sites once")
-        figures = measure_simulation(sites=sites[0] if sites else SIMULATED_SITES, rounds=rounds)
+        figures = measure_simulation(
+            sites=sites[0] if sites else SIMULATED_SITES, rounds=rounds, repetitions=repetitions or REPETITIONS
+        )
     machine = {
         "cores": os.cpu_count(),
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),

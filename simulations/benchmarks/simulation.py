@@ -67,14 +67,14 @@ class Timed:
     workers: int
 
 
-def measure_simulation(*, sites: int, rounds: int) -> dict[str, float]:
-    """The figures of `coadapt bench simulation`."""
+def measure_simulation(*, sites: int, rounds: int, repetitions: int = REPETITIONS) -> dict[str, float]:
+    """The figures of `coadapt bench simulation`, medians of so many turns of all three."""
     quiet()
     manifest, masked = (_manifest(sites, rounds, secure_sum=on) for on in (False, True))
     ours: list[Cost] = []
     plain: list[Cost] = []
     secure: list[Cost] = []
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions):
         for costs, run, agreed in ((ours, _ours, manifest), (plain, _plain, manifest), (secure, _ours, masked)):
             costs.append(_timed(run, agreed))
     outside, plain_outside, secure_outside = (

@@ -17,7 +17,7 @@ from simulations.commands import app
 @pytest.mark.slow
 def test_the_simulation_bench_prints_one_object(tmp_path: Path) -> None:
     coadapt = Path(sys.executable).with_name("coadapt")
-    command = [str(coadapt), "bench", "simulation", "--json", "--sites", "3", "--rounds", "1"]
+    command = [str(coadapt), "bench", "simulation", "--json", "--sites", "2", "--rounds", "1", "--repetitions", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
 
     assert done.returncode == 0, done.stderr
@@ -31,6 +31,26 @@ def test_the_simulation_bench_prints_one_object(tmp_path: Path) -> None:
     assert figures["ratio"] == pytest.approx(
         figures["outside_training_seconds"] / figures["plain_outside_training_seconds"], abs=1e-3
     )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.federation
+def test_the_round_latency_bench_names_where_a_round_goes(tmp_path: Path) -> None:
+    coadapt = Path(sys.executable).with_name("coadapt")
+    command = [str(coadapt), "bench", "round-latency", "--json", "--rounds", "1", "--repetitions", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
+
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    figures = json.loads(line)["figures"]
+    stages = [figures[f"stage_{name}_seconds"] for name in ("advertise", "shares", "masked", "confirm", "reveal")]
+    between = [figures[f"{name}_seconds"] for name in ("between_stages", "opening", "storing")]
+    legs = [value for name, value in figures.items() if name.startswith("leg_")]
+    assert sum(stages) + sum(between) == pytest.approx(figures["round_seconds"], abs=0.1)
+    assert sum(legs) == pytest.approx(sum(stages), abs=0.01)
+    phases = [figures[f"stock_phase_{number}_seconds"] for number in (1, 2, 3, 4)]
+    assert sum(phases) == pytest.approx(figures["stock_round_seconds"], abs=0.01)
+    assert figures["ratio"] == pytest.approx(figures["round_seconds"] / figures["stock_round_seconds"], abs=1e-3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,7 +72,7 @@ def test_an_unknown_bench_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run([str(coadapt), "bench", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert done.stderr == "error: no benchmark 'nothing'; there is dp-step, secure-sum, simulation\n"
+    assert done.stderr == "error: no benchmark 'nothing'; there is dp-step, round-latency, secure-sum, simulation\n"
 
 
 def test_the_secure_sum_bench_prints_one_object() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from deployment import ROOT, SITES, Deployment, records, short_folder, until
+from deployment import ROOT, SITES, Deployment, until
 from flwr.cli.build import build_fab_from_files
 
 from client.home import SiteHome
@@ -30,6 +30,7 @@ from common.roster import SignedRoster
 from common.tasks.task import make_task
 from server.home import CoordinatorHome, load_settings
 from server.superlink import Control
+from simulations.benchmarks.loopback import records, short_folder
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from deployment import SITES, Deployment, kill, short_folder, until
+from deployment import SITES, Deployment, kill, until
 
 from common.config.manifest import Manifest
 from common.progress import RoundFinished, RoundStarted
+from simulations.benchmarks.loopback import short_folder
 
 pytestmark = [
     pytest.mark.federation,

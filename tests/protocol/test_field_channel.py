@@ -438,6 +438,9 @@ BOMB = {"descr": "|u1", "fortran_order": False, "shape": (10**15,)}
 NONSENSE = {
     "no record": RecordDict(),
     "nothing": array(b""),
+    "an empty value": RecordDict({"envelope": ConfigRecord()}),
+    "a number": RecordDict({"envelope": ConfigRecord({"envelope": 7})}),
+    "a text": RecordDict({"envelope": ConfigRecord({"envelope": "text"})}),
     "another kind": array(b"abc", "pickle"),
     "a zip": array(b"PK\x03\x04" + bytes(30)),
     "more than is there": array(saved(None, **BOMB)),
@@ -652,3 +655,15 @@ def test_real_sessions_end_a_round_over_it_though_one_vault_is_restarted(
         assert envelope is not None, replies[name]
         assert isinstance(envelope.header, RoundDone)
         assert np.array_equal(envelope.tensors["w"], it.change_of(number)["w"])
+
+
+def test_looks_grow_rarer_and_no_order_that_is_due_waits_for_them() -> None:
+    def pause(**out: Any) -> float:
+        other = module._Asked("other", b"", "request", "", message="m", sent_at=90.0)
+        return module._pause([other, module._Asked("site", b"", "request", "", **out)], 80.0, 100.0)
+
+    assert pause(message="m", sent_at=90.0) == module.MOST_LOOK_SECONDS
+    assert pause(message="m", sent_at=99.4) == pytest.approx(0.1)
+    assert pause(message="m", sent_at=100.0) == module.LOOK_SECONDS
+    assert pause(next_at=100.5) == pytest.approx(0.5)
+    assert pause(next_at=0.0) == module.LOOK_SECONDS

@@ -2,13 +2,27 @@
 
 import hashlib
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from client.flower_pins import PINNED, module_digest, require_known_flower
 from client.home import SiteHome
-from client.launcher import AGREEMENT, _replace, admit, agreed_digest, main
+from client.launcher import (
+    AGREEMENT,
+    IDLE_SECONDS,
+    MOST_IDLE_SECONDS,
+    REPLY_SECONDS,
+    Waits,
+    _replace,
+    admit,
+    agreed_digest,
+    main,
+    woken,
+)
 from client.node import LAUNCHERS, Node, write_launchers
 from common.app_bundle import app_bundle, app_digest
 from common.errors import AppRefused, EnrolmentError, ServiceError
@@ -119,3 +133,73 @@ def test_a_node_is_given_nothing_but_what_it_needs(tmp_path: Path) -> None:
 def test_a_site_that_has_not_joined_starts_no_node(tmp_path: Path) -> None:
     with pytest.raises(EnrolmentError, match="coadapt site join"):
         Node(SiteHome(tmp_path))
+
+
+class Sleeper:
+    """A clock that sleeping moves, and what was slept and woken."""
+
+    def __init__(self) -> None:
+        self.now, self.slept, self.wakes = 100.0, list[float](), 0
+
+    def rest(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def wake(self) -> None:
+        self.wakes += 1
+
+    def waits(self) -> Waits:
+        return Waits(self.wake, clock=lambda: self.now, rest=self.rest)
+
+
+def test_a_node_wakes_its_superexec_once_for_each_message() -> None:
+    it = Sleeper()
+    waits = it.waits()
+    for message in range(1, 4):
+        waits.sleep(3)
+        assert it.wakes == message - 1
+        for _ in range(5):
+            waits.sleep(0.5)
+        assert it.wakes == message
+    assert it.slept.count(REPLY_SECONDS) == 15
+
+
+def test_a_node_looks_less_often_the_longer_nothing_came() -> None:
+    it = Sleeper()
+    waits, began = it.waits(), it.now
+    while it.now < began + 60:
+        since = it.now - began
+        waits.sleep(3)
+        assert it.slept[-1] == pytest.approx(min(MOST_IDLE_SECONDS, max(IDLE_SECONDS, since / 6)))
+    assert it.slept[0] == IDLE_SECONDS
+    assert it.slept[-1] == MOST_IDLE_SECONDS
+    waits.sleep(0.5)  # a message: it looks often again
+    waits.sleep(3)
+    assert it.slept[-1] == IDLE_SECONDS
+
+
+def test_a_written_pipe_ends_the_sleep_and_a_closed_one_leaves_a_plain_one() -> None:
+    reads, writes = os.pipe()
+    sleep = woken(reads)
+    try:
+        timer = threading.Timer(0.05, lambda: os.write(writes, b"!!"))
+        timer.start()
+        began = time.monotonic()
+        sleep(30)
+        assert time.monotonic() - began < 15
+        timer.join()
+        began = time.monotonic()
+        sleep(0.05)  # both bytes were taken
+        assert time.monotonic() - began >= 0.05
+    finally:
+        os.close(writes)
+    sleep(30)  # notices that nobody can write any more
+    began = time.monotonic()
+    sleep(0.05)
+    assert time.monotonic() - began >= 0.05
+    os.close(reads)
+
+
+@pytest.mark.parametrize("module", ["flwr.supernode.start_client_internal", "flwr.supercore.superexec.run_superexec"])
+def test_what_sleeps_otherwise_than_flower_is_pinned(module: str) -> None:
+    assert module in PINNED

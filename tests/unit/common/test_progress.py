@@ -21,6 +21,7 @@ from common.progress import (
     RunStopped,
     SiteFailed,
     SiteFinished,
+    StageFinished,
     SumOpened,
     read_events,
 )
@@ -39,6 +40,7 @@ EVENTS: list[Event] = [
     SiteFinished(round=1, site="a", train_loss=0.1, examples=32, seconds=1.5, bytes_up=10, bytes_down=20),
     SiteFailed(round=1, site="b", code="not_finite_loss"),
     SumOpened(round=1, survivors=("a", "c"), dropped=("b",), threshold=2, transcript="ab" * 32),
+    StageFinished(round=1, stage="masked", seconds=0.75, waited={"a": 0.5, "c": 0.75}),
     RoundFinished(round=1, train_loss=0.1, answered=1, failed=1, bytes_up=10, bytes_down=40, seconds=2.0),
     RoundRejected(round=1, setting="max_norm", value=3.5, bound=1.0),
     RoundLost(round=1, reason="too few sites"),

@@ -11,7 +11,8 @@ from common.codec.state import state_digest
 from common.config.manifest import Manifest
 from common.errors import RoundError
 from common.messages import RoundStart, decode
-from common.progress import RoundLost, SiteFailed, SumOpened
+from common.progress import RoundLost, SiteFailed, StageFinished, SumOpened
+from common.secure_sum.coordinator import Stage
 from common.secure_sum.messages import VERSION
 from server.channel import Channel, Reply
 
@@ -181,3 +182,15 @@ def test_fewer_than_the_aggregation_wants_are_never_opened(tmp_path: Path, manif
     it, _ = world(tmp_path / "failing", manifest_for, {REQUEST: {"east": "timeout"}}, min_sites=4)
     it.process()
     assert sums(it) == [(1, 4), (2, 4), (3, 4), (3, 4)]
+
+
+def test_every_stage_tells_how_long_each_site_took(tmp_path: Path, manifest_for: Manifests) -> None:
+    it, _ = world(tmp_path / "whole", manifest_for, {SHARES: {"east": "timeout"}}, private=True)
+    it.process()
+    stages = [event for event in it.events if isinstance(event, StageFinished) and event.round == 2]
+    first = [event.stage for event in stages[: len(Stage)]]
+    assert first == [stage.value for stage in Stage]
+    assert all(set(event.waited) == set(FOUR) for event in stages[:3])
+    assert set(stages[3].waited) == set(FOUR) - {"east"}
+    for event in stages:
+        assert max(event.waited.values()) <= event.seconds

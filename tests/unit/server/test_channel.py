@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Error
 from flwr.supercore.task_identity import TaskIdentity
 
-from common.flower import ConfigRecord, Grid, Message, RecordDict, pack, unpack
+from common.flower import SMALL_BYTES, ConfigRecord, Grid, Message, RecordDict, pack, unpack
 from common.messages import Envelope, Evaluated, decode, encode
 from server.channel import FlowerChannel, Interrupted, Reply
 
@@ -231,3 +231,11 @@ def test_what_the_channel_sends_is_what_a_site_unpacks() -> None:
     list(channel(grid).exchange({"site-0": data}, kind="query.baseline"))
     assert grid.sent[0][1] == "query.baseline"
     assert decode(unpack(grid.sent[0][2])).header.counts == {"n": 1.0}
+
+
+@pytest.mark.parametrize("size", [0, 1, SMALL_BYTES, SMALL_BYTES + 1])
+def test_small_and_large_envelopes_come_out_as_they_went_in(size: int) -> None:
+    data = bytes(range(256)) * (size // 256) + bytes(range(size % 256))
+    content = pack(data)
+    assert unpack(content) == data
+    assert bool(content.array_records) == (size > SMALL_BYTES)  # in pieces, which a single value is not

@@ -7,6 +7,8 @@ from starlette.types import Message
 
 from server.gate import FLEET, _OnlyFleet
 from server.gate_limits import Buckets
+from server.home import CoordinatorHome
+from server.service import coordinator_programs
 
 BAD = [
     b"/v1/control/start-run",
@@ -83,3 +85,8 @@ def test_a_host_is_slowed_and_another_is_not() -> None:
     assert passed == 40
     assert buckets.take("b", 0.0)
     assert sum(buckets.take("a", 1.0) for _ in range(1000)) == 10
+
+
+def test_the_gate_logs_requests_where_that_is_asked_for(tmp_path: Path) -> None:
+    quiet, talking = (coordinator_programs(CoordinatorHome(tmp_path), log_json=on)[1] for on in (False, True))
+    assert talking.command == (*quiet.command, "--log-json")
