@@ -25,6 +25,9 @@ from server.distillation.student import choose_layers
 __all__ = ["Progress", "distil"]
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
+# Below this many parameters a student trains faster in float32: casting narrow weights to bfloat16 and back in every
+# step costs more than the matrices save (230 against 170 ms a step for 2.2 million, docs/lab-notes.md).
+SMALL = 20_000_000
 BUCKET = 16  # batches whose texts are sorted by length together, so that little is padded
 
 
@@ -110,7 +113,8 @@ class _Course:
     ) -> None:
         self.student, self.settings, self.corpus = student, settings, corpus
         self.kind = student.manifest.task.kind
-        self.half = precision(teacher.manifest.training.precision, torch.device("cpu")) == "bf16"
+        half = precision(teacher.manifest.training.precision, torch.device("cpu")) == "bf16"
+        self.half = half and student.parameters > SMALL
         theirs = teacher.task.encode(corpus.train).examples
         self.ours = student.task.encode(corpus.train).examples
         self.pairs = all_pairs((theirs, teacher.tokenizer), (self.ours, student.tokenizer), kind=self.kind)
@@ -118,7 +122,7 @@ class _Course:
         if self.kind == "causal-lm":
             columns, self.columns = shared_pieces(teacher.tokenizer, student.tokenizer)
         taught, self.blocks = _mapped_blocks(teacher.network, student.network) if settings.hidden_weight else ([], [])
-        self.lessons = Lessons(teacher, theirs, self.pairs, blocks=taught, columns=columns, half=self.half)
+        self.lessons = Lessons(teacher, theirs, self.pairs, blocks=taught, columns=columns, half=half)
         ours, wanted = (int(config_of(model.network).hidden_size) for model in (student, teacher))
         seed_dropout(settings.seed, "distillation")  # torch draws the maps' first values
         self.maps = nn.ModuleList(

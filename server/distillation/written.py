@@ -8,7 +8,6 @@ import torch
 from common.errors import DistillationError
 from common.randomness import seeded
 from common.records import InstructionRecord
-from common.tasks.causal_lm import CausalLM
 from server.distillation.corpus import FEWEST
 from server.distillation.domain_model import DomainModel
 
