@@ -26,6 +26,10 @@ RelayUser = Annotated[str | None, typer.Option(metavar="USER", help="User of the
 VaultUser = Annotated[
     str | None, typer.Option(metavar="USER", help="User of the vault; default: the owner of site.toml.")
 ]
+LogJson = Annotated[
+    bool,
+    typer.Option("--log-json", help="Log JSON lines, fit for syslog; none quotes a record."),
+]
 HERE = Path()
 
 
@@ -144,6 +148,7 @@ def start(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and end with this command.")] = False,
     relay_user: RelayUser = None,
     vault_user: VaultUser = None,
+    log_json: LogJson = False,
 ) -> None:
     """Start vault and relay, and keep them running."""
     from client.home import SiteHome
@@ -161,11 +166,11 @@ def start(
         isolate(place, users)
     if apart := isolated(place):
         _say(f"warning: {apart}")
-    programs = site_programs(place, users)
+    programs = site_programs(place, users, log_json=log_json)
     if foreground:
-        supervise(programs, processes_folder(place), logs_folder(place))
+        supervise(programs, processes_folder(place), logs_folder(place), log_json=log_json)
         return
-    launch(programs, processes_folder(place), logs_folder(place))
+    launch(programs, processes_folder(place), logs_folder(place), log_json=log_json)
     _say(f"vault and relay run; what they print is in {logs_folder(place)}; coadapt site stop ends them")
 
 
@@ -177,6 +182,25 @@ def stop(home: Home = HERE) -> None:
     from common.supervise import stop as end
 
     _say("stopped" if end(processes_folder(SiteHome(home.absolute()))) else "nothing ran")
+
+
+@site.command()
+def status(
+    home: Home = HERE, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+) -> None:
+    """Show what runs, whether the coordinator is reached, how far the run is, what is spent and what was refused."""
+    import dataclasses
+    import json
+
+    from client.home import SiteHome
+    from client.status import status_of
+    from client.status_view import print_status
+
+    found = status_of(SiteHome(home.absolute()))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    print_status(found, Console())
 
 
 @site.command()
@@ -223,12 +247,12 @@ def fetch(
 
 
 @site.command()
-def service(home: Home = HERE, into: Into = Path("services")) -> None:
+def service(home: Home = HERE, into: Into = Path("services"), log_json: LogJson = False) -> None:
     """Write systemd units for two users, and container files."""
     from client.home import SiteHome
     from client.service import write_services
 
-    for path in write_services(SiteHome(home.absolute()), into):
+    for path in write_services(SiteHome(home.absolute()), into, log_json=log_json):
         _say(f"wrote {path}")
 
 

@@ -21,6 +21,7 @@ from client.app import SOCKET
 from client.flower_pins import require_known_flower
 from client.home import Agreement, SiteHome
 from client.launcher import AGREEMENT, agreed_digest
+from client.proxy import proxy_settings
 from common.durable import write_text
 from common.errors import CoadaptError, EnrolmentError, ServiceError
 
@@ -37,7 +38,6 @@ GRACE_SECONDS = 8.0
 
 # What a node may take over from whoever starts it.
 KEPT = ("HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
-PROXY = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 def write_launchers(folder: Path) -> Path:
@@ -121,16 +121,20 @@ class Node:
 
     def environment(self) -> dict[str, str]:
         """All that Flower sees of the environment."""
-        wanted = (*KEPT, *PROXY, *(name.lower() for name in PROXY))
-        return {name: self._given[name] for name in wanted if name in self._given} | {
-            "PATH": str(self._folder / "bin"),
-            "FLWR_HOME": str(self._folder),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "OMP_NUM_THREADS": "1",
-            AGREEMENT: str(self._agreement_file),
-            SOCKET: str(self._home.socket.absolute()),
-        }
+        kept = {name: self._given[name] for name in KEPT if name in self._given}
+        return (
+            kept
+            | proxy_settings(self._given)
+            | {
+                "PATH": str(self._folder / "bin"),
+                "FLWR_HOME": str(self._folder),
+                "FLWR_TELEMETRY_ENABLED": "0",
+                "FLWR_DISABLE_UPDATE_CHECK": "1",
+                "OMP_NUM_THREADS": "1",
+                AGREEMENT: str(self._agreement_file),
+                SOCKET: str(self._home.socket.absolute()),
+            }
+        )
 
     def run(self) -> None:
         """Start the node, and again whenever it ends, until `stop` is set."""

@@ -1,15 +1,16 @@
 """Whether the coordinator's gate can be reached, with the certificate that was agreed on and a clock that agrees."""
 
+import base64
+import contextlib
 import email.utils
 import http.client
 import os
 import ssl
 import time
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import EnrolmentError
+from client.proxy import proxy_for
 from common.findings import Finding, Level
 from common.tls import expiry, split_address
 
@@ -31,15 +32,15 @@ def reach(address: str, authority: Path) -> Iterator[Finding]:
         yield Finding(level, "certificate", f"the coordinator's authority {text}")
     try:
         connection, way = connection_to(host, port, agreed_context(pem))
-        before = time.time()
-        connection.connect()
-        leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
-        yield Finding("ok", "network", f"{address} answers{way}, and its certificate is the agreed authority's")
-        level, text = expiry(ssl.DER_cert_to_PEM_cert(leaf).encode())
-        yield Finding(level, "certificate", f"the gate's {text}")
-        connection.request("HEAD", "/")
-        yield from _clock(connection.getresponse().headers.get("Date"), before)
-        connection.close()
+        with contextlib.closing(connection):
+            before = time.time()
+            connection.connect()
+            leaf: bytes = connection.sock.getpeercert(binary_form=True) or b""
+            yield Finding("ok", "network", f"{address} answers{way}, and its certificate is the agreed authority's")
+            level, text = expiry(ssl.DER_cert_to_PEM_cert(leaf).encode())
+            yield Finding(level, "certificate", f"the gate's {text}")
+            connection.request("HEAD", "/")
+            yield from _clock(connection.getresponse().headers.get("Date"), before)
     except ssl.SSLCertVerificationError as error:
         yield Finding(
             "problem", "network", f"{address} shows a certificate that was not agreed on: {error.verify_message}"
@@ -66,23 +67,16 @@ def connection_to(host: str, port: int, context: ssl.SSLContext) -> tuple[http.c
     Raises:
         EnrolmentError: HTTPS_PROXY cannot be read.
     """
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    if not proxy or _without_proxy(host):
+    proxy = proxy_for(host, os.environ)
+    if proxy is None:
         return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS, context=context), ""
-    parts = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    if not parts.hostname:
-        raise EnrolmentError(f"HTTPS_PROXY is {proxy!r} and must be http://HOST:PORT")
-    connection = http.client.HTTPSConnection(
-        parts.hostname, parts.port or 3128, timeout=TIMEOUT_SECONDS, context=context
-    )
-    connection.set_tunnel(host, port)
-    return connection, f" through the proxy {parts.hostname}"
-
-
-def _without_proxy(host: str) -> bool:
-    exempt = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
-    names = [name.strip().lstrip(".") for name in exempt.split(",") if name.strip()]
-    return any(name in {"*", host} or host.endswith(f".{name}") for name in names)
+    connection = http.client.HTTPSConnection(proxy.host, proxy.port, timeout=TIMEOUT_SECONDS, context=context)
+    headers = {}
+    if proxy.user:
+        words = base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode("ascii")
+        headers["Proxy-Authorization"] = f"Basic {words}"
+    connection.set_tunnel(host, port, headers)
+    return connection, f" through the proxy {proxy.host}:{proxy.port}"
 
 
 def _clock(said: str | None, own: float) -> Iterator[Finding]:

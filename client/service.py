@@ -1,10 +1,12 @@
 """A site's processes: how they are started here, and as services of systemd or in containers."""
 
+import sys
 from pathlib import Path
 
 from client.home import SiteHome
 from client.isolation import Users
 from client.policy import load_policy
+from common.framing import framed
 from common.supervise import Program, module_command
 from common.systemd import container_file, quoted, service_unit, write_files
 
@@ -23,26 +25,25 @@ def logs_folder(home: SiteHome) -> Path:
     return home.folder / "run" / "log"
 
 
-def site_programs(home: SiteHome, users: Users | None) -> list[Program]:
-    """Vault and relay; without `users` both run as whoever starts them."""
+def site_programs(home: SiteHome, users: Users | None, *, log_json: bool = False) -> list[Program]:
+    """Vault and relay; without `users` both run as whoever starts them. With `log_json` they print JSON lines alone."""
     folder = str(home.folder.absolute())
     flower = {"FLWR_HOME": str((home.relay / "flower").absolute())}
-    return [
-        Program(
-            name="vault",
-            command=module_command("client.vault_service", folder),
-            user=None if users is None else users.vault,
-        ),
-        Program(
-            name="relay",
-            command=module_command("client.node", folder),
-            environment=flower,
-            user=None if users is None else users.relay,
-        ),
-    ]
+    vault = Program(
+        name="vault",
+        command=module_command("client.vault_service", folder, *(["--log-json"] if log_json else [])),
+        user=None if users is None else users.vault,
+    )
+    relay = Program(
+        name="relay",
+        command=module_command("client.node", folder),
+        environment=flower,
+        user=None if users is None else users.relay,
+    )
+    return [framed(vault, private=home.log.absolute()), framed(relay)] if log_json else [vault, relay]
 
 
-def write_services(home: SiteHome, into: Path) -> list[Path]:
+def write_services(home: SiteHome, into: Path, *, log_json: bool = False) -> list[Path]:
     """Write two units, for two users, and a container file for each process.
 
     Raises:
@@ -51,7 +52,12 @@ def write_services(home: SiteHome, into: Path) -> list[Path]:
     """
     policy = load_policy(home.policy)
     folder = home.folder.absolute()
-    vault, relay = site_programs(home, None)
+    vault, relay = site_programs(home, None, log_json=log_json)
+    # The containers' programs are those of a site whose folder is a volume of theirs.
+    inside = site_programs(SiteHome(Path("/home/coadapt")), None, log_json=log_json)
+    entries = [["python" if word == sys.executable else word for word in program.command] for program in inside]
+    # What frames a program's lines gets the signal together with it.
+    ends = [("KillMode", "control-group")] if log_json else []
     files_of_people = (policy.data.train, policy.data.held_out, policy.data.withdrawn)
     data = sorted({str(Path(file).parent) for file in files_of_people if file is not None})
     outside = [place for place in data if not Path(place).is_relative_to(folder)]
@@ -65,6 +71,7 @@ def write_services(home: SiteHome, into: Path) -> list[Path]:
             f"Coadapt vault of {policy.name}",
             vault.command,
             settings=[
+                *ends,
                 ("User", VAULT_USER),
                 # Its own group is the relay's, so that the socket it makes is the relay's group's; the umask keeps
                 # every other file to the vault.
@@ -84,6 +91,7 @@ def write_services(home: SiteHome, into: Path) -> list[Path]:
             f"Coadapt relay of {policy.name}",
             relay.command,
             settings=[
+                *ends,
                 ("User", RELAY_USER),
                 ("Group", RELAY_USER),
                 ("WorkingDirectory", quoted(str(folder / "relay"))),
@@ -96,12 +104,12 @@ def write_services(home: SiteHome, into: Path) -> list[Path]:
             environment=dict(relay.environment),
         ),
         "Containerfile.vault": container_file(
-            ["python", "-P", "-m", "client.vault_service", "/home/coadapt"],
+            entries[0],
             users=[VAULT_USER, RELAY_USER],
             note="The vault: no network (--network none); the site's folder and data as volumes, data read-only.",
         ),
         "Containerfile.relay": container_file(
-            ["python", "-P", "-m", "client.node", "/home/coadapt"],
+            entries[1],
             users=[RELAY_USER],
             note="The relay: mount the site's relay folder alone, as /home/coadapt/relay; it may reach the gate.",
         ),

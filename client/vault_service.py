@@ -10,7 +10,6 @@ SIGTERM ends the process at once: it finishes nothing and loses nothing, since a
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -30,10 +29,12 @@ from client.home import SiteHome
 from client.ledger import Ledger
 from client.policy import SitePolicy, load_policy
 from client.session import Session, SiteParts
+from client.site_log import note
 from client.vault_client import METHOD, OVERSIZED, REFUSED, SERVICE
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, EnrolmentError, ManifestError, ServiceError
+from common.log_lines import json_line
 from common.roster import SignedRoster, verify_roster
 from common.secure_sum.primitives import KEY_BYTES
 
@@ -191,10 +192,10 @@ def _logger(*, as_json: bool) -> Log:
     """Lines on standard error: JSON objects fit for syslog, or words."""
 
     def log(event: str, **facts: object) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         if as_json:
-            line = json.dumps({"time": now, "process": "vault", "event": event, **facts}, default=str)
+            line = json_line("vault", event, **facts)
         else:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
             line = " ".join([now, "vault", event, *(f"{name}={value}" for name, value in facts.items())])
         print(line, file=sys.stderr, flush=True)
 
@@ -212,7 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         serve(SiteHome(chosen.home.absolute()), log)
     except CoadaptError as error:
-        log("failed", code=error.code, error=str(error), seconds=round(time.monotonic() - began, 1))
+        # The text of an error may quote a record, and JSON lines may travel: they have its name alone.
+        home = SiteHome(chosen.home.absolute())
+        note(home.log, error)
+        words = {"see": str(home.log)} if chosen.log_json else {"error": str(error)}
+        log("failed", code=error.code, **words, seconds=round(time.monotonic() - began, 1))
         return 1
     return 0
 

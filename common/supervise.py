@@ -26,6 +26,7 @@ import psutil
 
 from common.durable import write_text
 from common.errors import ServiceError
+from common.log_lines import json_line
 from common.private_files import private_folder
 
 __all__ = ["Program", "State", "User", "launch", "module_command", "running", "states", "stop", "supervise"]
@@ -84,9 +85,16 @@ def module_command(module: str, *arguments: str) -> tuple[str, ...]:
 
 
 def supervise(
-    programs: Sequence[Program], folder: Path, logs: Path, *, stopping: threading.Event | None = None
+    programs: Sequence[Program],
+    folder: Path,
+    logs: Path,
+    *,
+    stopping: threading.Event | None = None,
+    log_json: bool = False,
 ) -> None:
     """Keep the programs running until SIGTERM, SIGINT or `stopping`, then end them; the caller's process is theirs.
+
+    With `log_json` the supervisor's own lines are JSON; what the programs print is theirs (`common/framing.py`).
 
     Raises:
         ServiceError: another supervisor has the folder.
@@ -97,7 +105,7 @@ def supervise(
     with _locked(folder), _signals(wanted):
         _end_leftovers(folder)
         _note(folder, SUPERVISOR, os.getpid(), 0)
-        children = [_Child(program, folder, logs) for program in programs]
+        children = [_Child(program, folder, logs, log_json) for program in programs]
         try:
             while not wanted.wait(POLL_SECONDS):
                 for child in children:
@@ -111,7 +119,7 @@ def supervise(
             _path(folder, SUPERVISOR).unlink(missing_ok=True)
 
 
-def launch(programs: Sequence[Program], folder: Path, logs: Path) -> None:
+def launch(programs: Sequence[Program], folder: Path, logs: Path, *, log_json: bool = False) -> None:
     """Start a supervisor that outlives the caller, and wait until each program was started once.
 
     Raises:
@@ -121,7 +129,11 @@ def launch(programs: Sequence[Program], folder: Path, logs: Path) -> None:
         raise ServiceError(f"it runs already (see {folder}); stop it first")
     private_folder(folder)
     private_folder(logs)
-    plan = {"logs": str(logs.absolute()), "programs": [asdict(program) for program in programs]}
+    plan = {
+        "logs": str(logs.absolute()),
+        "log_json": log_json,
+        "programs": [asdict(program) for program in programs],
+    }
     write_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
     for old in [SUPERVISOR, *(program.name for program in programs)]:
         if not _alive(folder, old):
@@ -192,8 +204,8 @@ def states(folder: Path) -> list[State]:
 class _Child:
     """One program: started when it is looked at, again after a pause when it ended."""
 
-    def __init__(self, program: Program, folder: Path, logs: Path) -> None:
-        self._program, self._folder, self._logs = program, folder, logs
+    def __init__(self, program: Program, folder: Path, logs: Path, log_json: bool) -> None:
+        self._program, self._folder, self._logs, self._log_json = program, folder, logs, log_json
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._due = 0.0
         self._delay = FIRST_DELAY_SECONDS
@@ -210,7 +222,12 @@ class _Child:
             if now - self._started >= WELL_SECONDS:
                 self._delay = FIRST_DELAY_SECONDS
             self._due = now + self._delay
-            _say(f"{self._program.name} ended with {code}; it starts again in {self._delay:.0f} s")
+            self._say(
+                "ended",
+                f"{self._program.name} ended with {code}; it starts again in {self._delay:.0f} s",
+                status=code,
+                again_in=self._delay,
+            )
             self._delay = min(2 * self._delay, MOST_DELAY_SECONDS)
         if self._process is None and now >= self._due:
             self._start(now)
@@ -233,7 +250,7 @@ class _Child:
                     extra_groups=None if user is None else list(user.groups),
                 )
         except OSError as error:
-            _say(f"{program.name} cannot be started: {error.strerror}")
+            self._say("not_started", f"{program.name} cannot be started: {error.strerror}", reason=error.strerror)
             self._due = now + self._delay
             self._delay = min(2 * self._delay, MOST_DELAY_SECONDS)
             return
@@ -251,6 +268,13 @@ class _Child:
             _signal_group(self._process.pid, signal.SIGKILL)
             self._process.wait()
         _path(self._folder, self._program.name).unlink(missing_ok=True)
+
+    def _say(self, event: str, text: str, **facts: object) -> None:
+        if self._log_json:
+            line = json_line(SUPERVISOR, event, program=self._program.name, **facts)
+        else:
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {text}"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -357,10 +381,6 @@ def _log(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} {text}", file=sys.stderr, flush=True)
-
-
 def _main(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     programs = [
@@ -372,7 +392,7 @@ def _main(folder: Path) -> None:
         )
         for each in plan["programs"]
     ]
-    supervise(programs, folder, Path(plan["logs"]))
+    supervise(programs, folder, Path(plan["logs"]), log_json=plan["log_json"])
 
 
 if __name__ == "__main__":

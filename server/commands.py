@@ -24,6 +24,7 @@ Certificate = Annotated[
     Path | None, typer.Option(metavar="PEM", help="An own certificate for the gate, with its chain.")
 ]
 Key = Annotated[Path | None, typer.Option(metavar="PEM", help="The own certificate's key.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON lines, fit for syslog.")]
 HERE = Path()
 
 
@@ -145,7 +146,7 @@ def consent(
 def start(
     home: Home = HERE,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and end with this command.")] = False,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Let the gate log each request, a JSON line.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Start the SuperLink on loopback and the gate on the public port, and keep them running."""
     from common.errors import ServiceError
@@ -165,9 +166,9 @@ def start(
         _say(f"warning: the gate's certificate {words}: coadapt coordinator renew")
     programs = coordinator_programs(place, log_json=log_json)
     if foreground:
-        supervise(programs, place.processes, place.logs)
+        supervise(programs, place.processes, place.logs, log_json=log_json)
         return
-    launch(programs, place.processes, place.logs)
+    launch(programs, place.processes, place.logs, log_json=log_json)
     wait_until_open(place, settings)
     _say(f"the gate listens on {settings.listen}; what it prints is in {place.logs}")
 
@@ -189,10 +190,12 @@ def status(
     import dataclasses
     import json
 
-    from server.home import CoordinatorHome
+    from server.home import CoordinatorHome, load_settings
     from server.status import status_of
 
-    found = status_of(CoordinatorHome(home))
+    place = CoordinatorHome(home)
+    load_settings(place)  # which says where there is no coordinator at all
+    found = status_of(place)
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
@@ -237,12 +240,13 @@ def publish(
 def service(
     home: Home = HERE,
     into: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files.")] = Path("services"),
+    log_json: LogJson = False,
 ) -> None:
     """Write systemd units and a container file."""
     from server.home import CoordinatorHome
     from server.service import write_services
 
-    for path in write_services(CoordinatorHome(home.absolute()), into):
+    for path in write_services(CoordinatorHome(home.absolute()), into, log_json=log_json):
         _say(f"wrote {path}")
 
 

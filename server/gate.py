@@ -12,7 +12,6 @@ of JSON says of each request who asked for what, and never what is in it.
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -28,13 +27,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import CoadaptError
 from common.release import MOST_FETCH_BYTES, RELEASE_PATH
+from server.access_log import AccessLog
 from server.enrolment import admitted
 from server.gate_limits import HEADER_SECONDS, Buckets, Room, guarded, more_files, network_of
 from server.home import CoordinatorHome, CoordinatorSettings, load_settings
 from server.releases import Releases
 from server.superlink import READY_SECONDS, Control, loopback_certificate, superlink_url
 
-__all__ = ["FLEET", "access_line", "let_in", "make_gate", "server_of"]
+__all__ = ["FLEET", "let_in", "make_gate", "server_of"]
 
 FLEET = frozenset(
     f"/v1/fleet/{name}".encode()
@@ -128,11 +128,6 @@ class _Logged:
                     "seconds": round(time.monotonic() - began, 4),
                 }
             )
-
-
-def access_line(facts: Mapping[str, object]) -> None:
-    """Print a request's line."""
-    print(json.dumps({"time": time.time(), "event": "request", **facts}), flush=True)
 
 
 def _host(scope: Scope) -> str:
@@ -337,7 +332,7 @@ def main(arguments: list[str]) -> int:
         superlink_url(settings),
         settings,
         verify=loopback_certificate(home),
-        log=access_line if chosen.log_json else None,
+        log=AccessLog() if chosen.log_json else None,
         releases=Releases(home),
     )
     server_of(gate, home, settings).run()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from common.errors import ServiceError
+from common.framing import framed
 from common.supervise import Program, module_command
 from common.systemd import container_file, quoted, service_unit, write_files
 from common.tls import split_address
@@ -20,15 +21,17 @@ LOW_PORT = (("CapabilityBoundingSet", "CAP_NET_BIND_SERVICE"), ("AmbientCapabili
 
 
 def coordinator_programs(home: CoordinatorHome, *, log_json: bool = False) -> list[Program]:
-    """SuperLink (loopback) and gate (public), which with `log_json` logs a line of JSON for each request."""
+    """SuperLink (loopback) and gate (public). With `log_json` they print JSON lines alone."""
     folder = str(home.folder.absolute())
-    return [
+    option = ["--log-json"] if log_json else []
+    programs = [
         Program(name="superlink", command=module_command("server.superlink", folder)),
-        Program(name="gate", command=module_command("server.gate", folder, *(["--log-json"] if log_json else []))),
+        Program(name="gate", command=module_command("server.gate", folder, *option)),
     ]
+    return [framed(program) for program in programs] if log_json else programs
 
 
-def write_services(home: CoordinatorHome, into: Path) -> list[Path]:
+def write_services(home: CoordinatorHome, into: Path, *, log_json: bool = False) -> list[Path]:
     """Write two units for one user, and a container file.
 
     Raises:
@@ -37,8 +40,11 @@ def write_services(home: CoordinatorHome, into: Path) -> list[Path]:
     """
     port = split_address(load_settings(home).listen)[1]
     folder = quoted(str(home.folder.absolute()))
-    superlink, gate = coordinator_programs(home)
+    superlink, gate = coordinator_programs(home, log_json=log_json)
+    option = ["--log-json"] if log_json else []
     shared = [
+        # What frames a program's lines gets the signal together with it.
+        *([("KillMode", "control-group")] if log_json else []),
         ("User", USER),
         ("Group", USER),
         ("WorkingDirectory", folder),
@@ -55,7 +61,7 @@ def write_services(home: CoordinatorHome, into: Path) -> list[Path]:
             wanted=("network-online.target", "coadapt-superlink.service"),
         ),
         "Containerfile.coordinator": container_file(
-            ["coadapt", "coordinator", "start", "--foreground", "--home", "/home/coadapt"],
+            ["coadapt", "coordinator", "start", "--foreground", "--home", "/home/coadapt", *option],
             users=[USER],
             note="The coordinator: publish the gate's port and no other; its folder as a volume.",
             port=port,

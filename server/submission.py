@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -19,13 +20,30 @@ from server.home import CoordinatorHome
 from server.run_store import is_used
 from server.superlink import Control
 
-__all__ = ["Submission", "end", "follow", "new_run_id", "require_free", "submit", "summary_of"]
+__all__ = ["Submission", "end", "follow", "new_run_id", "require_free", "require_run_id", "submit", "summary_of"]
 
 _LOOK_SECONDS = 0.5
 _READY_SECONDS = 30.0
 _START_SECONDS = 60.0
 _ENDING_SECONDS = 10.0
+# What an order may carry (`common/frames.py`).
+_MOST_RUN_ID = 100
+_RUN_ID = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_MOST_RUN_ID - 1}}}"
 _SUBMISSION = "submission.json"  # Flower's number of the run's newest app
+
+
+def require_run_id(name: str) -> str:
+    """A run's name, which is its folder's name too and stands in every order.
+
+    Raises:
+        RunError: it is none.
+    """
+    if not re.fullmatch(_RUN_ID, name):
+        raise RunError(
+            f"a run's name is 1 to {_MOST_RUN_ID} letters, digits, '.', '_' or '-', of which the first is a letter or a"
+            f" digit; found {name[:200]!r}"
+        )
+    return name
 
 
 def require_free(home: CoordinatorHome, control: Control) -> None:
@@ -78,7 +96,7 @@ def submit(home: CoordinatorHome, run_id: str, *, resume: bool) -> Submission:
         RunError: there is (or, to resume, is not) such a run, or it has finished.
         ServiceError: the SuperLink does not answer.
     """
-    folder = home.runs / run_id
+    folder = home.runs / require_run_id(run_id)
     if resume and not (folder / "rounds").is_dir():
         raise RunError(f"there is no run {run_id} in {home.runs} to resume; without --resume a new one begins")
     if not resume and folder.exists():
@@ -102,7 +120,7 @@ def end(home: CoordinatorHome, run_id: str) -> None:
         RunError: no such run was submitted.
         ServiceError: the SuperLink does not answer.
     """
-    path = home.processes / f"{run_id}.{_SUBMISSION}"
+    path = home.processes / f"{require_run_id(run_id)}.{_SUBMISSION}"
     if not path.exists():
         raise RunError(f"no run {run_id} was submitted here")
     with Control(home) as control:

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _environment(home: CoordinatorHome) -> dict[str, str]:
     return {
         **os.environ,
+        **_direct(),
         HOME: str(home.folder),
         "FLWR_HOME": str(home.database.parent / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -79,6 +80,28 @@ def _environment(home: CoordinatorHome) -> dict[str, str]:
         # Flower finds its own commands by name.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+
+
+def _direct() -> dict[str, str]:
+    """NO_PROXY with the loopback in it: where HTTPS_PROXY is set, Flower's own calls here must stay here."""
+    names = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY", ""), LOOPBACK, "localhost"]
+    value = ",".join(name for name in names if name)
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+@contextlib.contextmanager
+def _without_proxy() -> Iterator[None]:
+    """Flower's client reads the environment when it is made, and takes no word on it."""
+    before = {name: os.environ.get(name) for name in _direct()}
+    os.environ.update(_direct())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _certificate(home: CoordinatorHome) -> tuple[Path, Path]:
@@ -148,12 +171,13 @@ class Control:
         if not authority.exists():
             raise ServiceError("the SuperLink was never started here; `coadapt coordinator start` starts it")
         self._verify = ssl.create_default_context(cafile=str(authority))
-        self._client = ControlHttpClient.from_server_address(
-            server_address=f"{LOOPBACK}:{self._settings.superlink_port}",
-            insecure=False,
-            root_certificates=str(authority),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
-        )
+        with _without_proxy():
+            self._client = ControlHttpClient.from_server_address(
+                server_address=f"{LOOPBACK}:{self._settings.superlink_port}",
+                insecure=False,
+                root_certificates=str(authority),
+                interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+            )
 
     def __enter__(self) -> "Control":
         return self

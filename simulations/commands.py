@@ -164,16 +164,20 @@ def run(
     stop: Annotated[str | None, typer.Option(metavar="RUN", help="End a run that goes on; it can be resumed.")] = None,
 ) -> None:
     """Run the agreed federation between institutions, and show how it goes."""
-    from server.field_run import prepared
     from server.home import CoordinatorHome
-    from server.submission import end, follow, new_run_id, submit, summary_of
+    from server.submission import end, follow, new_run_id, require_run_id, submit, summary_of
     from simulations.live import LiveView
 
     console, place = Console(), CoordinatorHome(home.absolute())
+    for given in (run_id, resume, stop):
+        if given is not None:
+            require_run_id(given)
     if stop is not None:
         end(place, stop)
         console.print(f"{stop} was asked to stop; go on with --resume {stop}", highlight=False, soft_wrap=True)
         return
+    from server.field_run import prepared  # takes torch, and so seconds
+
     manifest, _ = prepared(place)
     name = resume or run_id or new_run_id(manifest.name)
     submitted = submit(place, name, resume=resume is not None)

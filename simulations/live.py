@@ -25,6 +25,7 @@ from common.progress import (
     Event,
     PhaseStarted,
     RoundFinished,
+    RoundLost,
     RoundRejected,
     RoundStarted,
     RoundValidated,
@@ -124,6 +125,7 @@ class _Run:
     losses: dict[int, float | None] = field(default_factory=dict)
     validation: dict[int, dict[str, float]] = field(default_factory=dict)
     rejected: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
     measured: str = ""
     stopped: RunStopped | None = None
 
@@ -154,6 +156,8 @@ class _Run:
                 self.losses[event.round] = event.train_loss
             case RoundRejected():
                 self.rejected.add(event.round)
+            case RoundLost():
+                self.lost.add(event.round)
             case RoundValidated():
                 self.validation[event.round] = event.figures
             case BaselineFinished():
@@ -209,6 +213,8 @@ def _line(event: Event, run: _Run) -> str | None:
         case RoundRejected():
             found = f"{event.setting} allows {figure_text(event.bound)}, found {figure_text(event.value)}"
             parts = [f"round {event.round}/{run.total}", f"rejected: {found}; the adapter stays"]
+        case RoundLost():
+            parts = [f"round {event.round}/{run.total}", f"lost: {event.reason}; the adapter stays"]
         case RoundValidated():
             parts = [f"round {event.round}/{run.total}", "validation", *_figures(event.figures)]
         case BaselineFinished():
@@ -322,7 +328,8 @@ def _round_table(run: _Run, rounds: Sequence[int], most: int, narrow: bool) -> T
     for place in range(len(rounds) - most, len(rounds)):
         figures = [_marked(values[place], place in places) for values, places in zip(columns, best, strict=True)]
         number = rounds[place]
-        named = f"{number} rejected" if number in run.rejected else str(number)
+        what = " rejected" if number in run.rejected else " lost" if number in run.lost else ""
+        named = f"{number}{what}"
         table.add_row(named, *figures, figure_text(run.losses.get(rounds[place])))
     return table
 

@@ -5,6 +5,9 @@ Gaussian noise. Two accountants of Opacus look at a history of such steps. Rény
 Mironov, Talwar and Zhang 2019) is robust and enforces every limit; its orders reach far beyond Opacus' own, which
 alone cannot show an epsilon below 0.1. The privacy loss random variables of Gopi, Lee and Wutschitz (2021) are
 tighter and stand beside it in reports. Opacus' GDP accountant is never used: it underestimates.
+
+Opacus brings torch with it, which takes seconds: it is imported by the first sum, and a command that sums nothing
+starts without it.
 """
 
 import contextlib
@@ -14,8 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from opacus.accountants import PRVAccountant
-from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 
 from common.errors import PrivacyError
 
@@ -89,6 +90,8 @@ def rdp_epsilon(history: Iterable[Steps], delta: float) -> float:
 
 def _rdp(entries: Sequence[Steps], orders: Sequence[float]) -> np.ndarray:
     """What the entries cost together at each order of Rényi divergence."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
     with _without_advice():
         return sum(
             (
@@ -103,6 +106,8 @@ def _rdp(entries: Sequence[Steps], orders: Sequence[float]) -> np.ndarray:
 
 def _epsilon(orders: Sequence[float], rdp: np.ndarray, delta: float) -> tuple[float, float]:
     """The least epsilon that one of the orders shows, and that order. Fewer orders never show a smaller one."""
+    from opacus.accountants.analysis.rdp import get_privacy_spent
+
     with _without_advice():
         epsilon, order = get_privacy_spent(orders=orders, rdp=rdp, delta=delta)
     return max(0.0, float(epsilon)), float(order)
@@ -116,6 +121,8 @@ def prv_epsilon(history: Iterable[Steps], delta: float) -> float:
     entries = merged(history)
     if not entries:
         return 0.0
+    from opacus.accountants import PRVAccountant
+
     accountant = PRVAccountant()
     accountant.history = [(each.noise_multiplier, each.sampling_rate, each.count) for each in entries]
     with _without_advice():

@@ -1,6 +1,7 @@
 """Which room may import which, who may import Flower and torch, and where randomness comes from."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,9 @@ WITHOUT_TORCH = (
     "server.secure_collection",
     "common.metrics",
     "client.relay",
+    "client.check",
+    "client.policy",
+    "client.status",
     "client.vault_client",
     "client.audit_log",
     "client.hours",
@@ -72,7 +76,7 @@ WITHOUT_TORCH = (
     "client.gate_client",
     "server.releases",
 )
-HEAVY = ("torch", "transformers", "peft")
+HEAVY = ("torch", "transformers", "peft", "opacus")
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
@@ -122,6 +126,60 @@ def test_it_is_imported_without_torch(module: str) -> None:
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"
+
+
+# A person waits for these; those that train, sum epsilon or look at a model may take their time.
+QUICK_COMMANDS = (
+    "--help",
+    "--version",
+    "run --help",
+    "run --stop none",
+    "site init --name quick --train records.jsonl --population patients --units 40 --epsilon 10 --yes",
+    "site enroll",
+    "site join none.json",
+    "site log",
+    "site stop",
+    "site start",
+    "site service",
+    "coordinator init --address gate.example:9092 --home c",
+    "coordinator admit quick.enrolment.json --yes --home c",
+    "coordinator roster none.toml --home c",
+    "coordinator consent none.json --home c",
+    "coordinator status --home c",
+    "coordinator service --into others --home c",
+    "coordinator renew --home c",
+    "coordinator revoke quick --yes --home c",
+    "coordinator stop --home c",
+)
+
+
+def test_simple_commands_start_without_torch(tmp_path: Path) -> None:
+    # One process for all: an import that one of them makes shows with it and with whatever comes after.
+    code = f"""
+import contextlib, io, sys
+from simulations.commands import main
+for line in {QUICK_COMMANDS!r}:
+    sys.argv = ["coadapt", *line.split()]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main()
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    if heavy:
+        sys.exit(f"{{line}} imports {{heavy}}")
+print("none")
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (found.stdout.strip(), found.returncode) == ("none", 0), found.stderr
+    assert (tmp_path / "services" / "coadapt-vault.service").exists()  # they did run
+    assert [path.name.split(".")[0] for path in (tmp_path / "c" / "revoked").iterdir()] == ["quick"]
 
 
 # The classes that make a generator from a seed are no hidden state; `seeded` in common/randomness.py is their one user.

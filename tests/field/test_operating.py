@@ -1,31 +1,45 @@
 """What a person types from day to day: check, preview, service, status; and that two users are kept apart."""
 
+import importlib.util
+import itertools
 import json
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import click
 import pytest
-from enrolled import NAMES, Hospitals, run, said
+import typer
+from enrolled import ADDRESS, NAMES, Hospitals, run, said
 
 from client.audit_log import AuditLog
 from client.home import SiteHome
 from client.isolation import find_users, isolate, isolated
+from client.ledger import Account, Charge, Ledger
+from client.service import site_programs
+from client.status import _answers
 from common.config.annotate import annotated
 from common.config.manifest import Columns, Manifest
 from common.data_files import write_records
-from common.errors import EnrolmentError, RunError, ServiceError
+from common.errors import EnrolmentError, ManifestError, RunError, ServiceError
 from common.flower import Grid
+from common.privacy.accounting import Steps, rdp_epsilon
 from common.progress import EventLog, RoundFinished, RoundStarted, RunStarted, RunStopped, SiteFailed, SumOpened
 from common.records import TextRecord
+from common.supervise import Program, launch, stop
 from server.field_run import prepared, run_field
 from server.home import CoordinatorHome
+from server.service import coordinator_programs
 from server.submission import summary_of
+from simulations.commands import app
 
 RELAY, VAULT = 65001, 65002
 
@@ -92,24 +106,159 @@ def test_preview_with_privacy_uses_a_ledger_of_its_own(
     assert not (north / "ledger").exists()
 
 
-def test_services_name_two_users_and_systemd_accepts_them(hospitals: Hospitals, tmp_path: Path) -> None:
-    hospitals.init()
-    run("site", "service", "--home", hospitals.site("north"), "--into", tmp_path / "units")
-    run("coordinator", "service", "--home", hospitals.coordinator, "--into", tmp_path / "units")
+@pytest.fixture(params=[(), ("--log-json",)], ids=["words", "json"])
+def services(request: pytest.FixtureRequest, hospitals: Hospitals, tmp_path: Path) -> tuple[Path, bool]:
+    """The folder of both roles' units and container files, and whether they log JSON."""
+    run("coordinator", "init", "--home", hospitals.coordinator, "--address", ADDRESS)
+    hospitals.init_site("north")
+    into = tmp_path / "units"
+    run("site", "service", "--home", hospitals.site("north"), "--into", into, *request.param)
+    run("coordinator", "service", "--home", hospitals.coordinator, "--into", into, *request.param)
     with pytest.raises(EnrolmentError, match="exists already"):
-        run("site", "service", "--home", hospitals.site("north"), "--into", tmp_path / "units")
-    vault = (tmp_path / "units" / "coadapt-vault.service").read_text().splitlines()
-    relay = (tmp_path / "units" / "coadapt-relay.service").read_text().splitlines()
-    assert {"User=coadapt-vault", "Group=coadapt-relay", "UMask=0077", "NoNewPrivileges=yes"} <= set(vault)
-    assert {"User=coadapt-relay", "ProtectSystem=strict", "PrivateTmp=yes"} <= set(relay)
+        run("site", "service", "--home", hospitals.site("north"), "--into", into)
+    return into, bool(request.param)
+
+
+def unit(path: Path) -> dict[str, list[str]]:
+    """The [Service] section as systemd reads it: a key may come more than once."""
+    section = path.read_text().split("[Service]")[1].split("[Install]")[0]
+    found: dict[str, list[str]] = {}
+    for line in section.strip().splitlines():
+        key, _, value = line.partition("=")
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def words_of_unit(value: str) -> list[str]:
+    """The words of a line: quotes as a shell has them, percent signs and dollars doubled."""
+    return [word.replace("%%", "%").replace("$$", "$") for word in shlex.split(value)]
+
+
+def test_units_run_what_start_runs_as_two_users(hospitals: Hospitals, services: tuple[Path, bool]) -> None:
+    into, as_json = services
+    site = site_programs(SiteHome(hospitals.site("north").absolute()), None, log_json=as_json)
+    coordinator = coordinator_programs(CoordinatorHome(hospitals.coordinator.absolute()), log_json=as_json)
+    for program in (*site, *coordinator):
+        found = unit(into / f"coadapt-{program.name}.service")
+        (start,) = found["ExecStart"]
+        assert tuple(words_of_unit(start)) == program.command
+        given = dict(word.split("=", 1) for line in found["Environment"] for word in words_of_unit(line))
+        assert given.items() >= program.environment.items()
+        assert (program.command.count("common.framing") == 1) == as_json
+        assert found["KillMode"][-1] == ("control-group" if as_json else "mixed")
+    vault, relay = (unit(into / f"coadapt-{name}.service") for name in ("vault", "relay"))
+    assert (vault["User"], vault["Group"]) == (["coadapt-vault"], ["coadapt-relay"])
+    assert (relay["User"], relay["Group"]) == (["coadapt-relay"], ["coadapt-relay"])
+    assert {"UMask", "NoNewPrivileges", "ProtectSystem", "PrivateTmp"} <= vault.keys() & relay.keys()
+    assert vault["RestrictAddressFamilies"] == ["AF_UNIX"]
+
+
+def verified(*units: Path) -> tuple[int, list[str]]:
+    """What systemd itself says of units: its status, and its lines on ours."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd-analyze")
-    units = sorted(map(str, (tmp_path / "units").glob("*.service")))
-    found = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60, check=False
-    )
-    ours = [line for line in found.stderr.splitlines() if "coadapt" in line and "Unknown" in line]
-    assert ours == []
+    words = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *map(str, units)]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return found.returncode, [line for line in found.stderr.splitlines() if "coadapt" in line]
+
+
+def test_systemd_has_nothing_against_the_units(services: tuple[Path, bool], tmp_path: Path) -> None:
+    assert verified(*sorted(services[0].glob("*.service"))) == (0, [])
+    # And it would say so if it had.
+    text = (services[0] / "coadapt-vault.service").read_text()
+    broken = tmp_path / "coadapt-broken.service"
+    for pattern, wrong in ((r"^ExecStart=\S+", "ExecStart=/no/such/program"), (r"^UMask=", "ProtectEverything=")):
+        broken.write_text(re.sub(pattern, wrong, text, flags=re.MULTILINE))
+        assert any(wrong.partition("=")[2 if "/" in wrong else 0] in line for line in verified(broken)[1])
+
+
+INSTRUCTIONS = {"FROM", "COPY", "RUN", "ENV", "VOLUME", "EXPOSE", "USER", "ENTRYPOINT"}
+
+
+def test_container_files_have_instructions_and_commands_that_there_are(services: tuple[Path, bool]) -> None:
+    into, as_json = services
+    for name in ("coordinator", "vault", "relay"):
+        text = (into / f"Containerfile.{name}").read_text()
+        lines = [line for line in text.replace("\\\n", "").splitlines() if line and not line.startswith("#")]
+        found = [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines]
+        assert {word for word, _ in found} <= INSTRUCTIONS
+        assert found[0][0] == "FROM"
+        last = dict(found)
+        assert last["USER"] in {f"coadapt-{name}"}
+        assert json.loads(last["VOLUME"]) == ["/home/coadapt"]
+        (command,) = (value for word, value in found if word == "RUN")
+        assert subprocess.run(["bash", "-nc", command], check=False).returncode == 0
+        for part in command.split("&&"):
+            assert shutil.which(part.split()[0]), part
+        entry = json.loads(last["ENTRYPOINT"])
+        assert ("--log-json" in entry or "common.framing" in entry) == as_json
+        if name == "coordinator":
+            assert int(last["EXPOSE"]) == 19092 or int(last["EXPOSE"]) == 9092
+            context = typer.main.get_command(app)
+            role = context.get_command(click.Context(context), entry[1])  # type: ignore[attr-defined]
+            start = role.get_command(click.Context(role), entry[2])
+            start.parse_args(click.Context(start), entry[3:])
+        else:
+            modules = [word for before, word in itertools.pairwise(entry) if before == "-m"]
+            assert modules
+            assert all(importlib.util.find_spec(module) for module in modules)
+            assert sys.executable not in entry
+
+
+def test_site_status_says_what_runs_what_was_spent_and_what_was_refused(hospitals: Hospitals) -> None:
+    with pytest.raises(ManifestError, match=r"site.toml: no such file"):
+        run("site", "status", "--home", hospitals.folder / "nothing")
+    hospitals.init()
+    home = SiteHome(hospitals.site("north"))
+    shown = said("site", "status", "--home", home.folder)
+    assert "does not run" in shown
+    assert "joined nothing yet" in shown
+    assert "epsilon 0.000 of 10 spent" in shown
+    assert not (home.folder / "ledger").exists()
+    log = AuditLog(home.audit)
+    for number in (1, 2):
+        log.add("answered", kind="request", run_id="one", round_number=number)
+        log.add("refused", kind="message", run_id="one", code=f"replay{number}", reason="adapter.rank: asked 8")
+    log.add("answered", kind="poll", run_id="one")
+    log.add("refused", kind="hello", run_id="two", code="context")
+    log.close()
+    account, steps = Account("patients", 10.0, 1e-5), Steps(2.0, 0.1, 10)
+    Ledger(home.folder / "ledger").charge(account, Charge("patients", "record", "f", "0" * 64, "one", 1, steps), ["a"])
+    found = json.loads(said("site", "status", "--home", home.folder, "--json"))
+    assert (found["run"]["run_id"], found["run"]["round"], found["run"]["kind"]) == ("one", 2, "poll")
+    assert found["spent"]["epsilon"] == pytest.approx(rdp_epsilon([steps], 1e-5))
+    assert [each["code"] for each in found["refusals"]] == ["replay1", "replay2", "context"]
+    assert (found["vault_answers"], found["connected"]) == ("no", "no")
+    # A damaged log hides nothing else.
+    home.audit.write_text(home.audit.read_text().replace("replay1", "replay3"))
+    shown = said("site", "status", "--home", home.folder)
+    assert "was changed" in shown
+    assert "1 rounds paid" in shown
+
+
+def test_site_status_knows_a_vault_that_answers_and_one_that_only_runs(hospitals: Hospitals) -> None:
+    hospitals.init()
+    home = SiteHome(hospitals.site("north").absolute())
+    program = Program(name="vault", command=(sys.executable, "-c", "import time; time.sleep(1000)"))
+    launch([program], home.folder / "run", home.folder / "run" / "log")
+    try:
+        shown = said("site", "status", "--home", home.folder)
+        assert "runs since" in shown
+        assert "does not take orders" in shown
+    finally:
+        stop(home.folder / "run")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as vault:
+        path = Path(short) / "vault.sock"
+        assert _answers(path) == "no"
+        vault.bind(str(path))
+        assert _answers(path) == "no"
+        vault.listen()
+        assert _answers(path) == "yes"
+
+
+def test_coordinator_status_where_there_is_none_is_one_line_and_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"coordinator.toml: no such file; `coadapt coordinator init` writes one"):
+        run("coordinator", "status", "--home", tmp_path)
 
 
 def test_status_counts_errors_by_name_from_the_events(hospitals: Hospitals) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -12,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import httpx
+import psutil
 import pytest
 from deployment import ROOT, SITES, Deployment, until
+from document import Typed, in_passing, lines, recording, shape
 from flwr.cli.build import build_fab_from_files
+from proxying import Proxy
 
 from client.home import SiteHome
 from client.node import Node, end_group
@@ -26,6 +30,7 @@ from common.evaluation import measure
 from common.frames import Answer, Order, open_frame, seal_frame
 from common.identity import Identity
 from common.models import find_base, load_tokenizer
+from common.progress import RoundFinished, RoundStarted
 from common.roster import SignedRoster
 from common.tasks.task import make_task
 from server.home import CoordinatorHome, load_settings
@@ -40,8 +45,24 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def federation(manifest_for: Callable[..., Manifest]) -> Iterator[Deployment]:
-    """Enrolled, started, and stopped at the end; with privacy and secure sums."""
+def typed() -> Iterator[Typed]:
+    """Every command that ran in this file so far."""
+    with recording() as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    """Every site's way to the coordinator; what the coordinator's own processes say to each other is not for it."""
+    with Proxy("clinic", "se cret").up() as it, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HTTPS_PROXY", it.url.replace(" ", "%20"))
+        patch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody listens there, and nobody must go there
+        yield it
+
+
+@pytest.fixture(scope="module")
+def federation(manifest_for: Callable[..., Manifest], typed: Typed, proxy: Proxy) -> Iterator[Deployment]:
+    """Enrolled, started, and stopped at the end; with privacy and secure sums, the sites behind a proxy."""
     manifest = manifest_for(
         data={"max_length": 16},
         adapter={"rank": 2},
@@ -66,7 +87,9 @@ def federation(manifest_for: Callable[..., Manifest]) -> Iterator[Deployment]:
 def test_four_institutions_train_together(federation: Deployment) -> None:
     it = federation
     for name in SITES:
-        assert "problem" not in it.type("site", "check", "--home", name)
+        checked = it.type("site", "check", "--home", name)
+        assert "problem" not in checked
+        assert "through the proxy" in checked
     printed = it.run("--run-id", "first")
     assert "The coordinator learned sums over the sites and nothing of a single one." in printed
     summary = it.summary("first")
@@ -98,6 +121,29 @@ def test_a_run_is_not_begun_twice_and_a_finished_one_not_resumed(federation: Dep
     assert "exists already" in federation.run("--run-id", "first", fails=True)
     assert "has finished" in federation.run("--resume", "first", fails=True)
     assert "no run other" in federation.run("--resume", "other", fails=True)
+
+
+def ports_of(it: Deployment, name: str) -> set[int]:
+    """Where the connections of a site's node lead to, as the system knows them."""
+    found = it.supernode(name).net_connections("tcp")
+    return {each.raddr.port for each in found if each.status == psutil.CONN_ESTABLISHED and each.raddr}
+
+
+def test_sites_reach_the_gate_through_their_proxy_and_nothing_else_does(federation: Deployment, proxy: Proxy) -> None:
+    it = federation
+    address = load_settings(CoordinatorHome(it.coordinator)).address
+    assert len(proxy.asked) >= len(SITES)
+    assert set(proxy.asked) == {address}
+    assert proxy.refused == []
+    gate = int(address.rpartition(":")[2])
+    for name in SITES:
+        until(lambda name=name: proxy.port in ports_of(it, name), 60)
+        assert gate not in ports_of(it, name)
+        shown = it.type("site", "status", "--home", name)
+        assert f"{address} is connected" in shown
+        assert "first, round 4" in shown
+        assert "4 rounds paid" in shown
+        assert "does not take orders" not in shown
 
 
 def answer_to(it: Deployment, name: str, frame: bytes) -> Answer:
@@ -238,12 +284,23 @@ class Flood(threading.Thread):
 
 def test_a_site_whose_policy_forbids_it_stays_out_and_a_flood_does_not_stop_a_round(federation: Deployment) -> None:
     it = federation
+    address = load_settings(CoordinatorHome(it.coordinator)).address
     it.set(it.folder / "west" / "site.toml", rounds=3)
     it.type("site", "stop", "--home", "west")
-    it.type("site", "start", "--home", "west")
-    flood = Flood(load_settings(CoordinatorHome(it.coordinator)).address, 10.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", address.rpartition(":")[0])
+        it.type("site", "start", "--home", "west", "--log-json")
+    flood = Flood(address, 10.0)
+    running = it.begin("--run-id", "second")
+    until(lambda: any(isinstance(each, RoundStarted) for each in it.events("second")))
     flood.start()
-    printed = it.run("--run-id", "second")
+    # A person stops the run in the midst of it, and goes on with it.
+    until(lambda: any(isinstance(each, RoundFinished) for each in it.events("second")))
+    it.type("run", "--home", "c", "--stop", "second")
+    told, _ = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert "coadapt run --resume second" in " ".join(told.split())
+    printed = it.run("--resume", "second")
     flood.join()
     assert flood.sent > 2000
     assert "west refused: training.rounds" in printed.replace("\n", " ")
@@ -254,3 +311,92 @@ def test_a_site_whose_policy_forbids_it_stays_out_and_a_flood_does_not_stop_a_ro
     line = it.audit("west")[-1]
     assert (line.decision, line.code) == ("refused", "policy")
     assert "asked 4, allowed 3" in line.reason
+
+
+def test_no_proxy_is_a_direct_way_and_json_is_all_that_is_logged(federation: Deployment, proxy: Proxy) -> None:
+    it = federation
+    gate = int(load_settings(CoordinatorHome(it.coordinator)).address.rpartition(":")[2])
+    until(lambda: gate in ports_of_all(it, "west"), 60)
+    assert proxy.port not in ports_of_all(it, "west")
+    folder = it.folder / "west" / "run" / "log"
+    for name, least in (("vault", {"policy_breach", "ready"}), ("relay", {"output"})):
+        # What was written before the site was started in this way is above.
+        text = (folder / f"{name}.log").read_text().splitlines()
+        first = next(place for place, line in enumerate(text) if line.startswith('{"time"'))
+        found = [json.loads(line) for line in text[first:]]
+        assert {line["process"] for line in found} == {name}
+        assert least <= {line["event"] for line in found}
+    status = json.loads(it.type("site", "status", "--home", "west", "--json"))
+    assert (status["vault_answers"], status["connected"]) == ("yes", "yes")
+    assert "policy" in {refusal["code"] for refusal in status["refusals"]}
+
+
+def ports_of_all(it: Deployment, name: str) -> set[int]:
+    """As `ports_of`; what frames the relay's lines stands between it and its supervisor."""
+    relay = it.process(it.folder / name / "run", "relay")
+    found = [each for process in relay.children(recursive=True) for each in process.net_connections("tcp")]
+    return {each.raddr.port for each in found if each.status == psutil.CONN_ESTABLISHED and each.raddr}
+
+
+USERS = ("--vault-user", "65002", "--relay-user", "65001")
+
+
+def test_every_command_of_the_document_was_run(federation: Deployment, typed: Typed) -> None:
+    """The last of this file: runs what was not run yet, ends everything, and holds the document against all of it."""
+    it, north, east = federation, ("--home", "north"), ("--home", "east")
+    assert "nothing left, nothing was charged" in it.type("site", "preview", *north)
+    assert "problem" not in it.type("site", "check", "--offline", *north)
+    assert "cap 100" in it.type("site", "ledger", *north)
+    assert "answered" in it.type("site", "log", "--last", 20, *north)
+    for role, home, count in (("site", "north", 4), ("coordinator", "c", 3)):
+        for option in ((), ("--log-json",)):
+            into = it.folder / f"services-{role}{len(option)}"
+            it.type(role, "service", "--home", home, "--into", into, *option)
+            assert len(list(into.iterdir())) == count
+    assert json.loads(it.type("coordinator", "status", "--home", "c", "--json"))["run"]["status"] == "finished"
+    for name in SITES:
+        assert "stopped" in it.type("site", "stop", "--home", name)
+    with_two_users(it, *east)
+    shell(it)
+    it.type("coordinator", "renew", "--home", "c")
+    it.type("coordinator", "revoke", "west", "--home", "c", "--yes")
+    assert "stopped" in it.type("coordinator", "stop", "--home", "c")
+    it.type("coordinator", "start", "--home", "c", "--log-json")
+    assert "revoked" not in it.type("coordinator", "status", "--home", "c")
+    assert "stopped" in it.type("coordinator", "stop", "--home", "c")
+    for name in ("gate", "superlink"):
+        text = (it.coordinator / "log" / f"{name}.log").read_text().splitlines()
+        first = next(place for place, line in enumerate(text) if line.startswith('{"time"'))
+        assert {json.loads(line)["process"] for line in text[first:]} == {name}
+    it.type("init", "other.toml", "--name", "other", "--task", "causal-lm", "--base", "base")
+    ours = [line for line in [*lines(), *in_passing()] if line.startswith("coadapt ")]
+    assert [line for line in ours if not typed.covers(shape(line))] == []
+
+
+def with_two_users(it: Deployment, *home: str) -> None:
+    """Isolate a site and start it as two users; who is not root is told so, and has run neither."""
+    if os.geteuid() != 0:
+        for words in (("isolate",), ("start",)):
+            assert "needs root" in it.type("site", *words, *home, *USERS, fails=True)
+        pytest.skip("isolate and --relay-user need root")
+    it.type("site", "isolate", *home, *USERS)
+    it.type("site", "start", *home, *USERS)
+    users = {name: it.process(it.folder / "east" / "run", name).uids().real for name in ("vault", "relay")}
+    assert users == {"vault": 65002, "relay": 65001}
+    it.type("site", "stop", *home)
+
+
+def shell(it: Deployment) -> None:
+    """The document's other commands: each is known here with the folder that it is typed in, and ends well there."""
+    folders = {"tar": ("north", "c"), "openssl": ("c",)}
+    for line in lines():
+        if line.startswith("coadapt "):
+            continue
+        place = folders[line.split()[0]]
+        home = "c" if "coordinator" in line or len(place) == 1 else "north"
+        done = subprocess.run(["bash", "-ec", line], cwd=it.folder / home, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        if "--list" in line:
+            names = done.stdout.splitlines()
+            assert "keys/signing.key" in names
+            assert any(name.startswith("runs/") for name in names)

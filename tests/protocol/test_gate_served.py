@@ -17,7 +17,8 @@ from served_gate import PULL, Served, everything
 
 from common.errors import ServiceError
 from common.tls import new_authority
-from server.gate import FLEET, access_line, main
+from server.access_log import AccessLog
+from server.gate import FLEET, main
 from server.gate_limits import MOST_CONNECTIONS, Room, network_of
 
 # The issue asks for ten seconds of flood; `FLOOD_SECONDS=10 pytest ...` shows them.
@@ -258,12 +259,28 @@ def test_each_request_has_one_line_without_its_body(
         {"host": "127.0.0.1", "method": "GET", "path": '/"%0a', "status": 404, "bytes_in": 0, "bytes_out": 0},
     ]
     capsys.readouterr()
+    log = AccessLog()
     for line in lines:
-        access_line(line)
+        log(line)
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == 3
     assert [json.loads(line)["status"] for line in printed.splitlines()] == [207, 404, 404]
     assert "Jane" not in printed
+
+
+def test_strangers_cannot_fill_the_disk_with_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    log = AccessLog(clock=lambda: now)
+    for _ in range(1000):
+        log({"status": 404})
+        log({"status": 200})
+    now = 1.0
+    log({"status": 429})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines].count("request") == 1000
+    refused = [line for line in lines if line["event"] == "refused"]
+    assert len(refused) == 11
+    assert refused[-1]["left_out"] == 990
 
 
 FLOODER = """

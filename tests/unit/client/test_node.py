@@ -118,7 +118,7 @@ def test_a_node_is_given_nothing_but_what_it_needs(tmp_path: Path) -> None:
     assert found["PATH"] == str(home.relay / "flower" / "bin")
     assert found["FLWR_HOME"] == str(home.relay / "flower")
     assert found["FLWR_TELEMETRY_ENABLED"] == "0"
-    assert (found["HTTPS_PROXY"], found["no_proxy"], found["HOME"]) == ("http://proxy", "localhost", "/home/site")
+    assert (found["HTTPS_PROXY"], found["NO_PROXY"], found["HOME"]) == ("http://proxy", "localhost", "/home/site")
     assert not {"AWS_SECRET_ACCESS_KEY", "LD_PRELOAD", "PYTHONSTARTUP"} & set(found)
     command = node.command()
     assert command[command.index("--superlink") + 1] == "gate.example:9092"

@@ -1,50 +1,38 @@
-"""docs/operations.md: every command in it is one, with options that there are."""
-
-import re
-import shlex
-from pathlib import Path
+"""docs/operations.md: every command in it is one, with options that there are. The federation test runs them."""
 
 import click
 import pytest
+from document import TEXT, in_passing, lines, required, shape
 from typer.main import get_command
 
 from simulations.commands import app
 
-TEXT = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
-LINES = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("coadapt ")
-]
 
-
-def parse(line: str) -> str:
-    """The command's name, its words parsed as they would be; nothing is run.
-
-    Raises:
-        click.UsageError: there is no such command, option or argument.
-    """
-    command, words = get_command(app), shlex.split(line)[1:]
-    context = click.Context(command, info_name="coadapt")
-    while isinstance(command, click.Group):
-        name, found, words = command.resolve_command(context, words)
-        assert found is not None
-        command = found
-        context = click.Context(command, info_name=name, parent=context)
-    command.parse_args(context, words)
-    return context.command_path
-
-
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", [line for line in lines() if line.startswith("coadapt ")])
 def test_every_command_of_the_document_can_be_typed(line: str) -> None:
-    assert line.startswith(parse(line))
+    assert line.startswith(shape(line)[0])
+    required(line)
+
+
+@pytest.mark.parametrize("line", in_passing())
+def test_every_command_that_a_sentence_names_is_one(line: str) -> None:
+    assert line.startswith(shape(line)[0])
 
 
 def test_what_cannot_be_typed_is_seen() -> None:
-    for wrong in ("coadapt site jion x", "coadapt site join", "coadapt site check --fast"):
+    for wrong in ("coadapt site jion x", "coadapt site check --fast", "coadapt site nothing"):
         with pytest.raises(click.UsageError):
-            parse(wrong)
+            shape(wrong)
+    with pytest.raises(click.UsageError):
+        required("coadapt site join")
+
+
+def test_the_document_is_read_whole() -> None:
+    assert len(lines()) == sum(
+        bool(line.strip()) for block in TEXT.split("```sh\n")[1:] for line in block.split("```")[0].splitlines()
+    )
+    assert ("coadapt site start", frozenset({"relay_user"})) in map(shape, in_passing())
+    assert ("coadapt site log", frozenset({"last"})) in map(shape, lines())
 
 
 def test_every_command_of_both_roles_is_in_the_document() -> None:

@@ -8,8 +8,12 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from common.errors import RunError, ServiceError
+from common.frames import Order
 from common.progress import EventLog, PhaseStarted, RunStarted, RunStopped
 from server import submission
 from server.home import CoordinatorHome
@@ -195,3 +199,35 @@ def test_names_of_runs_are_new_each_time() -> None:
     names = {submission.new_run_id("wards") for _ in range(50)}
     assert len(names) == 50
     assert all(name.startswith("wards-") for name in names)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../elsewhere", "a/b", ".hidden", "-x", "ä", "a" * 101, "a\n"])
+def test_a_name_that_no_run_can_have_is_refused_before_anything_is_asked(home: CoordinatorHome, name: str) -> None:
+    for act in (
+        lambda: submission.submit(home, name, resume=False),
+        lambda: submission.submit(home, name, resume=True),
+        lambda: submission.end(home, name),
+    ):
+        with pytest.raises(RunError, match=r"a run's name is 1 to 100 letters, digits, .*; found '") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert FakeControl.submitted == []
+
+
+@given(st.text(max_size=8) | st.from_regex(r"[A-Za-z0-9._-]{0,104}", fullmatch=True))
+def test_a_runs_name_is_one_that_an_order_may_carry(name: str) -> None:
+    answer = {
+        "federation": "0" * 32, "epoch": 0, "manifest_sha256": "0" * 64, "run_id": name, "site": 0, "kind": "hello",
+        "sequence": 0,
+    }  # fmt: skip
+    try:
+        Order.model_validate(answer)
+        allowed = True
+    except ValidationError:
+        allowed = False
+    with contextlib.nullcontext() if allowed else pytest.raises(RunError):
+        submission.require_run_id(name)
+
+
+def test_a_new_runs_name_is_a_runs_name() -> None:
+    submission.require_run_id(submission.new_run_id("f" * 64))

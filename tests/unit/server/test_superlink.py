@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import httpcore
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -87,3 +88,25 @@ def test_control_needs_a_superlink_that_was_once_started(home: CoordinatorHome, 
     (tmp_path / "coordinator.toml").write_text('version = 1\naddress = "a.example:9092"\n')
     with pytest.raises(ServiceError, match="never started"):
         superlink.Control(home)
+
+
+def test_nothing_here_asks_a_proxy_for_the_loopback(home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    def proxied(host: str) -> bool:
+        with httpx.Client(verify=False) as client:  # nothing is sent
+            transport = client._transport_for_url(httpx.URL(f"https://{host}:9093"))
+            assert isinstance(transport, httpx.HTTPTransport)
+            return isinstance(transport._pool, httpcore.HTTPProxy)
+
+    hosts = ("127.0.0.1", "localhost", "intranet.example", "hub.example")
+    assert [proxied(host) for host in hosts] == [True, True, False, True]
+    with superlink._without_proxy():
+        assert [proxied(host) for host in hosts] == [False, False, False, True]
+    assert [proxied(host) for host in hosts] == [True, True, False, True]
+    assert "no_proxy" not in os.environ
+    for name, value in superlink._environment(home).items():
+        monkeypatch.setenv(name, value)
+    assert [proxied(host) for host in hosts] == [False, False, False, True]

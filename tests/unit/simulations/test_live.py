@@ -13,6 +13,7 @@ from common.progress import (
     Event,
     PhaseStarted,
     RoundFinished,
+    RoundLost,
     RoundRejected,
     RoundStarted,
     RoundValidated,
@@ -129,6 +130,17 @@ def test_a_rejected_round_is_told_with_the_guards_figures_and_marked() -> None:
     assert "round 2/3  rejected: max_norm allows 1.000, found 3.500; the adapter stays" in file.getvalue().splitlines()
     assert "2 rejected" in drawn(events)
     assert "rejected" not in drawn([started(), *one_round(1), *one_round(2)])
+
+
+def test_a_lost_round_is_told_with_its_reason_and_marked() -> None:
+    events = [started(), *one_round(1), RoundLost(round=2, reason="1 site answered, 2 must"), *one_round(2)]
+    file = io.StringIO()
+    with LiveView(Console(file=file)) as view:
+        for event in events:
+            view(event)
+    assert "round 2/3  lost: 1 site answered, 2 must; the adapter stays" in file.getvalue().splitlines()
+    assert "2 lost" in drawn(events)
+    assert "lost" not in drawn([started(), *one_round(1), *one_round(2)])
 
 
 def test_rejected_rounds_are_named_below_the_table() -> None:
