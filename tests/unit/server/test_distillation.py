@@ -292,6 +292,29 @@ class TestCorpus:
         known = {index for index, r in enumerate(corpus.train) if isinstance(r, TextRecord) and r.label == "b"}
         assert corpus.labelled == known
 
+    def test_a_file_may_have_labels_in_some_rows(self, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
+        rows = [
+            f'{{"text": "{t}"{", " if n % 10 == 0 else ""}' + ('"label": "b"}' if n % 10 == 0 else "}")
+            for n, t in enumerate(texts(100))
+        ]
+        (tmp_path / "a.txt").write_text("\n".join(texts(30)))
+        (tmp_path / "b.jsonl").write_text("\n".join(rows))
+        corpus = read_corpus([tmp_path / "a.txt", tmp_path / "b.jsonl"], manifest_for())
+        both = [*corpus.train, *corpus.held_out]
+        assert len(both) == 100
+        assert sum(isinstance(r, TextRecord) and r.label == "b" for r in both) == 10  # also of texts seen before
+        known = {index for index, r in enumerate(corpus.train) if isinstance(r, TextRecord) and r.label == "b"}
+        assert corpus.labelled == known
+        assert known
+
+    def test_words_without_tags_are_read_from_csv(self, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
+        rows = "".join('"[""' + '"", ""'.join(t.split()) + '""]"\n' for t in texts(60))
+        (tmp_path / "a.csv").write_text("tokens\n" + rows)
+        corpus = read_corpus([tmp_path / "a.csv"], manifest_for("token-classification"))
+        found = {r.tokens for r in (*corpus.train, *corpus.held_out) if isinstance(r, TokensRecord)}
+        assert found == {tuple(t.split()) for t in texts(60)}
+        assert not corpus.labelled
+
     def test_plain_text_becomes_words_and_answers(self, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("\n".join(texts(60)), encoding="utf-8")
         words = read_corpus([tmp_path / "a.txt"], manifest_for("token-classification"))
