@@ -20,6 +20,7 @@ from server.distillation.federation_facts import federation_facts
 from server.distillation.measuring import Measured
 from server.distillation.pipeline import STEPS, Data, Distilled, distil_to
 from server.distillation.teacher import load_teacher
+from server.distillation.written import write_texts
 from simulations.sites import read_federation, read_split
 
 __all__ = ["distill"]
@@ -51,7 +52,7 @@ def distill(
     teacher = load_teacher(run, base=base)
     agreed = _manifest(run, teacher, overrides)
     teacher = DomainModel(teacher.network, teacher.tokenizer, agreed)
-    found = _data(agreed, corpus, dev, test, data, run)
+    found = _data(teacher, corpus, dev, test, data, run)
     origin = {"federation": federation_facts(run)} if (run / "summary.json").is_file() else {}
 
     def show(line: Measured) -> None:
@@ -85,19 +86,24 @@ def _manifest(run: Path, teacher: DomainModel, overrides: Sequence[str]) -> Mani
 
 
 def _data(
-    manifest: Manifest, corpus: Sequence[Path], dev: Path | None, test: Path | None, data: Path | None, run: Path
+    teacher: DomainModel, corpus: Sequence[Path], dev: Path | None, test: Path | None, data: Path | None, run: Path
 ) -> Data:
     """Files that a person names come first; a simulated run's own dev and test records, and public text, else."""
+    manifest = teacher.manifest
     folders = [folder for folder in (data, Path.cwd(), run) if folder is not None]
     named = list(corpus) or [_found(name, folders) for name in manifest.distillation.corpus]
     text: Corpus
     if named:
         text = read_corpus(named, manifest)
+    elif manifest.distillation.written:
+        settings = manifest.distillation
+        text = corpus_of(write_texts(teacher, settings.written, seed=settings.seed), manifest)
     elif manifest.simulation is not None and manifest.simulation.source is not None:
         text = corpus_of(read_split(manifest, "public", folders), manifest)
     else:
         raise DistillationError(
-            "there is no public text to distil on; name files with --corpus FILE or distillation.corpus"
+            "there is no public text to distil on; name files with --corpus FILE or distillation.corpus, or let a"
+            " causal teacher write: --set distillation.written=5000"
         )
     own_dev: Sequence[Record] = _records(dev, manifest)
     own_test: Sequence[Record] = _records(test, manifest)

@@ -26,6 +26,13 @@ class DistillationSection(Section):
     corpus: tuple[FileName, ...] = Field(
         (), description="files of public domain text without labels; empty: what `coadapt distill --corpus` names"
     )
+    written: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="texts that a causal teacher writes itself where no public text is named; 0: none. They may repeat"
+        " what it was trained on",
+    )
     vocabulary: Literal["auto", "keep"] | Annotated[int, Field(ge=100)] = Field(
         "auto", description="pieces that the tokenizer keeps; auto: as many as reach coverage, 5000 to 8000 at most"
     )

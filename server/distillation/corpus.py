@@ -1,5 +1,7 @@
 """Public text of the domain to distil on: from files, unlabelled or not; a part of it is held out."""
 
+import contextlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ __all__ = ["FEWEST", "Corpus", "corpus_of", "read_corpus", "texts_in"]
 
 # With fewer texts neither a vocabulary nor a student comes of it.
 FEWEST = 50
+
+# Stand in the unit's place while a file is read.
+_KNOWN, _UNKNOWN = "labelled", "unlabelled"
 
 HELD_OUT = 0.1
 MOST_HELD_OUT = 500
@@ -34,8 +39,8 @@ class Corpus:
 def read_corpus(paths: Sequence[Path], manifest: Manifest) -> Corpus:
     """The texts of all files, cleaned, each once, split by the seed of [distillation].
 
-    A file is one that `common.data_files` reads, in which labels, tags or answers may be missing, or a .txt file with
-    a text a line.
+    A file is one that `common.data_files` reads, in which labels, tags or answers may be missing, in every row or in
+    some, or a .txt file with a text a line. Of equal texts one with a label stays.
 
     Raises:
         DataError: a file is missing, damaged or lacks the column of the text.
@@ -48,7 +53,7 @@ def read_corpus(paths: Sequence[Path], manifest: Manifest) -> Corpus:
     for path in paths:
         found, known = _read(path, manifest)
         records += found
-        labelled += [known] * len(found)
+        labelled += known
     return corpus_of(records, manifest, labelled=labelled, where=", ".join(path.name for path in paths))
 
 
@@ -63,7 +68,9 @@ def corpus_of(
     known = labelled or [False] * len(records)
     once: dict[str, tuple[Record, bool]] = {}
     for record, text, has_label in zip(records, texts_in(records), known, strict=True):
-        once.setdefault(text if isinstance(text, str) else "\x1f".join(text), (record, has_label))
+        key = text if isinstance(text, str) else "\x1f".join(text)
+        if key not in once or (has_label and not once[key][1]):
+            once[key] = (record, has_label)
     pairs = list(once.values())
     if len(pairs) < FEWEST:
         raise DistillationError(
@@ -79,8 +86,8 @@ def corpus_of(
     )
 
 
-def _read(path: Path, manifest: Manifest) -> tuple[list[Record], bool]:
-    """The records of one file, and whether they carry labels."""
+def _read(path: Path, manifest: Manifest) -> tuple[list[Record], list[bool]]:
+    """The records of one file, and of each whether it carries a label."""
     columns, task = manifest.data.columns, manifest.task
     rows = _lines(path) if path.suffix == ".txt" else [dict(row) for row in read_rows(path)]
     target = {
@@ -88,14 +95,13 @@ def _read(path: Path, manifest: Manifest) -> tuple[list[Record], bool]:
         "token-classification": columns.tags,
         "causal-lm": columns.output,
     }[task.kind]
-    known = bool(rows) and all(row.get(target) is not None for row in rows)
-    if not known:
-        for row in rows:
-            _fill(row, manifest)
     for row in rows:
-        row.pop(columns.unit, None)  # of public text nobody's
+        known = row.get(target) not in (None, "")
+        if not known:
+            _fill(row, manifest)
+        row[columns.unit] = _KNOWN if known else _UNKNOWN  # of public text nobody's
     records, _ = parse_rows(rows, task=task, data=manifest.data, where=str(path))
-    return records, known
+    return records, [record.unit == _KNOWN for record in records]
 
 
 def _lines(path: Path) -> list[dict[str, object]]:
@@ -118,10 +124,18 @@ def _fill(row: dict[str, object], manifest: Manifest) -> None:
             if words is None and isinstance(row.get("text"), str):
                 words = words_of(str(row["text"]))
             row[columns.tokens] = words
-            row[columns.tags] = ["O"] * len(words) if isinstance(words, list) else None
+            row[columns.tags] = ["O"] * _length(words)
         case "causal-lm":
             row[columns.output] = row.get(columns.output, row.get("text"))
             row.setdefault(columns.instruction, "")
+
+
+def _length(words: object) -> int:
+    """How many words a row has; what is no list of words is told by the task's reader."""
+    if isinstance(words, str):  # CSV has no lists
+        with contextlib.suppress(ValueError):
+            words = json.loads(words)
+    return len(words) if isinstance(words, list) else 0
 
 
 def words_of(text: str) -> list[str]:

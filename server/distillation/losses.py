@@ -1,8 +1,6 @@
-"""Losses of distillation: the teacher's softened answers, and its hidden states.
+"""Losses of distillation: the teacher's softened answers, and its hidden states."""
 
-Teacher and student may cut a text into different pieces. Answers are then compared where both have one: for a text,
-for the first piece of a word, and for the next word where both read the same pieces.
-"""
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +19,16 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
     return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1) * temperature**2
 
 
-def hidden_distance(student: list[Tensor], teacher: list[Tensor], keep: Tensor) -> Tensor:
-    """Mean squared difference of hidden states over the kept tokens and the layers; 0 where none is kept.
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of hidden states over places and layers; 0 where there is no place.
 
-    Each is [records, tokens, width], `keep` [records, tokens]; a teacher's state is divided by its own spread, so that
-    the weight of this loss means the same for every base (TinyBERT's hidden loss: Jiao et al. 2020, equation 8).
+    One tensor [places, width] a layer; a layer's difference is divided by the spread of the teacher's states there, so
+    that the weight of this loss means the same for every base (TinyBERT's hidden loss: Jiao et al. 2020, equation 8).
     """
-    if not keep.any() or not student:
+    if not student or not len(student[0]):
         return torch.zeros(())
     total = torch.zeros(())
     for ours, theirs in zip(student, teacher, strict=True):
-        wanted = theirs[keep].float()
-        total = total + (ours[keep].float() - wanted).square().mean() / wanted.var().clamp(min=1e-6)
+        wanted = theirs.float()
+        total = total + (ours.float() - wanted).square().mean() / wanted.var().clamp(min=1e-6)
     return total / len(student)

@@ -1,28 +1,33 @@
 """Knowledge distillation: a student learns to answer as its teacher does, on public text without labels."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.config.distillation import DistillationSection
 from common.errors import DistillationError, NotFiniteLoss
 from common.models import precision
-from common.randomness import seeded
-from common.tasks.task import Batch, Example
+from common.randomness import seed_dropout, seeded
+from common.tasks.task import Batch
+from server.distillation.alignment import all_pairs, shared_pieces
 from server.distillation.blocks import blocks_of, config_of
 from server.distillation.corpus import Corpus
 from server.distillation.domain_model import DomainModel
+from server.distillation.lessons import Lesson, Lessons, in_parts, pooled, watched
 from server.distillation.losses import hidden_distance, soft_cross_entropy
 from server.distillation.student import choose_layers
 
 __all__ = ["Progress", "distil"]
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
+# Below this many parameters a student trains faster in float32: casting narrow weights to bfloat16 and back in every
+# step costs more than the matrices save (230 against 170 ms a step for 2.2 million, docs/lab-notes.md).
+SMALL = 20_000_000
 BUCKET = 16  # batches whose texts are sorted by length together, so that little is padded
 
 
@@ -46,8 +51,10 @@ def distil(
     """The student after training on the corpus; the one given is changed too, the teacher is not.
 
     The loss of a batch is the softened cross-entropy to the teacher's answers, `hidden_weight` times the distance of
-    hidden states where teacher and student have the same width and read the same pieces, and `label_weight` times the
-    task's own loss on records whose label is known (for causal-lm: on all, the text being its own label).
+    hidden states where both read the same pieces (of text classification, where they do not, also that of the vectors
+    that the heads read), and `label_weight` times the task's own loss on records whose label is known (for causal-lm:
+    on all, the text being its own label). Where the networks' widths differ, states are compared through a linear map
+    for each block, which is trained along and thrown away.
 
     Raises:
         DistillationError: teacher and student do different tasks.
@@ -61,26 +68,29 @@ def distil(
             f"the teacher's task is {teacher.manifest.task.kind} with {len(teacher.manifest.task.labels)} labels, the"
             f" student's {student.manifest.task.kind} with {len(student.manifest.task.labels)}; both must do the same"
         )
-    lesson = _Lesson(teacher, student, corpus, settings)
+    course = _Course(teacher, student, corpus, settings)
     network = student.network.train()
     network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    trained = [*network.parameters(), *course.maps.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
     per_epoch = math.ceil(len(corpus.train) / settings.batch_size)
     steps = settings.epochs * per_epoch
     step = 0
     for epoch in range(settings.epochs):
         total = 0.0
-        for rows in lesson.batches(epoch):
+        for rows in course.batches(epoch):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _factor(step, steps)
-            loss = lesson.loss(rows)
-            value = float(loss.detach())
+            value = 0.0
+            for part in in_parts(rows, course.ours, student):
+                loss = course.loss(part) * (len(part) / len(rows))
+                loss.backward()  # type: ignore[no-untyped-call]
+                value += float(loss.detach())
             if not math.isfinite(value):
                 raise NotFiniteLoss(
                     f"the loss of distillation became {value} in step {step + 1}; lower distillation.learning_rate"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total, step = total + value, step + 1
@@ -95,30 +105,29 @@ def _factor(step: int, steps: int) -> float:
     return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
 
 
-class _Lesson:
-    """The corpus as both read it, and the loss of a batch of it."""
+class _Course:
+    """The corpus as both read it, the teacher's lessons, and the loss of a batch."""
 
     def __init__(
         self, teacher: DomainModel, student: DomainModel, corpus: Corpus, settings: DistillationSection
     ) -> None:
-        self.teacher, self.student, self.settings = teacher, student, settings
-        self.corpus = corpus
-        self.theirs = teacher.task.encode(corpus.train).examples
+        self.student, self.settings, self.corpus = student, settings, corpus
+        self.kind = student.manifest.task.kind
+        half = precision(teacher.manifest.training.precision, torch.device("cpu")) == "bf16"
+        self.half = half and student.parameters > SMALL
+        theirs = teacher.task.encode(corpus.train).examples
         self.ours = student.task.encode(corpus.train).examples
-        self.half = precision("auto", torch.device("cpu")) == "bf16"
-        names = student.tokenizer.convert_ids_to_tokens(list(range(len(student.tokenizer))))
-        of_teacher = teacher.tokenizer.get_vocab()
-        # Each of the student's pieces in the teacher's numbering; -1 for one that the teacher has not.
-        self.numbers = torch.tensor([of_teacher.get(name, -1) for name in names])
-        self.same = [self._same(a, b) for a, b in zip(self.ours, self.theirs, strict=True)]
-        mapped = _mapped_blocks(teacher.network, student.network) if settings.hidden_weight else None
-        self.blocks = mapped
-
-    def _same(self, ours: Example, theirs: Example) -> bool:
-        """Whether both read the same pieces."""
-        if len(ours.tokens) != len(theirs.tokens):
-            return False
-        return bool((self.numbers[torch.from_numpy(ours.tokens).long()].numpy() == theirs.tokens).all())
+        self.pairs = all_pairs((theirs, teacher.tokenizer), (self.ours, student.tokenizer), kind=self.kind)
+        columns, self.columns = None, None
+        if self.kind == "causal-lm":
+            columns, self.columns = shared_pieces(teacher.tokenizer, student.tokenizer)
+        taught, self.blocks = _mapped_blocks(teacher.network, student.network) if settings.hidden_weight else ([], [])
+        self.lessons = Lessons(teacher, theirs, self.pairs, blocks=taught, columns=columns, half=half)
+        ours, wanted = (int(config_of(model.network).hidden_size) for model in (student, teacher))
+        seed_dropout(settings.seed, "distillation")  # torch draws the maps' first values
+        self.maps = nn.ModuleList(
+            nn.Identity() if ours == wanted else nn.Linear(ours, wanted, bias=False) for _ in self.blocks
+        )
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
         """Rows of the corpus in a seeded order, texts of like length together."""
@@ -130,93 +139,58 @@ class _Lesson:
             batches += [bucket[place : place + size] for place in range(0, len(bucket), size)]
         return iter([batches[place] for place in rng.permutation(len(batches))])
 
-    def loss(self, rows: list[int]) -> Tensor:
+    def loss(self, rows: Sequence[int]) -> Tensor:
         """The mean loss of some rows, with its gradient."""
-        device = torch.device("cpu")
-        ours = self.student.task.collate([self.ours[row] for row in rows], device)
-        theirs = self.teacher.task.collate([self.theirs[row] for row in rows], device)
-        same = torch.tensor([self.same[row] for row in rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
-            with torch.no_grad(), _watched(self.blocks[0] if self.blocks else ()) as their_states:
-                said = self.teacher.network(**theirs.inputs())
-            with _watched(self.blocks[1] if self.blocks else ()) as our_states:
-                output = self.student.network(**ours.inputs())
-        loss = self._answers(output, said, ours, theirs, same)
+        lessons = self.lessons.of(rows)
+        batch = self.student.task.collate([self.ours[row] for row in rows], torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half), watched(self.blocks) as states:
+            output: Any = self.student.network(**batch.inputs())
+        said = self._answers(output, rows)
+        loss = said.sum() * 0.0
+        if len(said):
+            wanted = torch.cat([lesson.answers for lesson in lessons])
+            loss = soft_cross_entropy(said, wanted, self.settings.temperature).mean()
         if self.blocks:
-            keep = ours.attention_mask.bool() & same[:, None]
-            width = keep.shape[1]
-            fitted = [_fitted(state, width) for state in their_states]
-            loss = loss + self.settings.hidden_weight * hidden_distance(our_states, fitted, keep)
-        return loss + self._labels(output, ours, rows)
+            loss = loss + self.settings.hidden_weight * self._states(states, lessons, rows, batch)
+        return loss + self._labels(output, batch, rows)
 
-    def _answers(self, output: Any, said: Any, ours: Batch, theirs: Batch, same: Tensor) -> Tensor:
-        temperature = self.settings.temperature
-        match self.student.manifest.task.kind:
-            case "text-classification":
-                return soft_cross_entropy(output, said, temperature).mean()
-            case "token-classification":
-                student, teacher = _at_words(output.logits, said.logits, ours.examples, theirs.examples)
-            case _:
-                student, teacher = self._next_words(output.logits, said.logits, ours, same)
-        return soft_cross_entropy(student, teacher, temperature).mean() if len(student) else output.logits.sum() * 0.0
+    def _answers(self, output: Any, rows: Sequence[int]) -> Tensor:
+        """The student's answers [scored places, classes] in the lessons' order."""
+        if self.kind == "text-classification":
+            return cast(Tensor, output)
+        record, place = _flat([self.pairs[row].scored_student for row in rows])
+        answers = output.logits[record, place]
+        return cast(Tensor, answers if self.columns is None else answers[:, self.columns])
 
-    def _next_words(self, ours: Tensor, theirs: Tensor, batch: Batch, same: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits at answers of texts that both cut alike, over the pieces that both have."""
-        keep = (batch.targets[:, 1:] != -100) & same[:, None]
-        shared = self.numbers >= 0
-        width = keep.shape[1]
-        teacher = _fitted(theirs, width + 1)[:, :-1][keep][:, self.numbers[shared]]
-        return ours[:, :-1][keep][:, shared], teacher
+    def _states(self, states: list[Tensor], lessons: list[Lesson], rows: Sequence[int], batch: Batch) -> Tensor:
+        record, place = _flat([self.pairs[row].student for row in rows])
+        wanted = torch.cat([lesson.states for lesson in lessons], dim=1)
+        ours = [one(state[record, place].float()) for one, state in zip(self.maps, states, strict=True)]
+        distance = hidden_distance(ours, list(wanted))
+        apart = [row for row, lesson in enumerate(lessons) if lesson.whole is not None]
+        if apart:
+            vectors = torch.stack([cast(Tensor, lessons[row].whole) for row in apart])
+            mine = self.maps[-1](pooled(self.student.network, states[-1], batch)[apart].float())
+            distance = distance + hidden_distance([mine], [vectors]) * (len(apart) / len(rows))
+        return distance
 
-    def _labels(self, output: Any, batch: Batch, rows: list[int]) -> Tensor:
-        causal = self.student.manifest.task.kind == "causal-lm"
-        known = torch.tensor([causal or row in self.corpus.labelled for row in rows])
+    def _labels(self, output: Any, batch: Batch, rows: Sequence[int]) -> Tensor:
+        """Summed over the known and divided by all: a text counts the same whatever batch it falls in."""
+        known = torch.tensor([self.kind == "causal-lm" or row in self.corpus.labelled for row in rows])
         if not self.settings.label_weight or not known.any():
             return torch.zeros(())
-        return self.settings.label_weight * self.student.task.losses(output, batch)[known].mean()
+        return self.settings.label_weight * self.student.task.losses(output, batch)[known].sum() / len(rows)
 
 
-def _at_words(
-    ours: Tensor, theirs: Tensor, our_examples: Sequence[Example], their_examples: Sequence[Example]
-) -> tuple[Tensor, Tensor]:
-    """Logits [words, tags] at the first piece of every word that neither side cut off."""
-    student, teacher = [], []
-    for row, (a, b) in enumerate(zip(our_examples, their_examples, strict=True)):
-        first, second = torch.from_numpy(cast(Any, a.positions)).long(), torch.from_numpy(cast(Any, b.positions)).long()
-        there = (first >= 0) & (second >= 0)
-        student.append(ours[row, first[there]])
-        teacher.append(theirs[row, second[there]])
-    return torch.cat(student), torch.cat(teacher)
+def _flat(places: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Record and place of every place of a batch, each [places]."""
+    records = np.repeat(np.arange(len(places)), [len(one) for one in places])
+    return torch.from_numpy(records), torch.from_numpy(np.concatenate(places).astype(np.int64))
 
 
-def _fitted(state: Tensor, width: int) -> Tensor:
-    """[records, tokens, ...] with `width` tokens: padding on the right cut off or added."""
-    if state.shape[1] >= width:
-        return state[:, :width]
-    missing = state.new_zeros((state.shape[0], width - state.shape[1], *state.shape[2:]))
-    return torch.cat([state, missing], dim=1)
-
-
-def _mapped_blocks(teacher: nn.Module, student: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]] | None:
-    """The teacher's block for each of the student's, evenly; None where their widths differ."""
+def _mapped_blocks(teacher: nn.Module, student: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Blocks of the teacher and of the student that are compared, evenly chosen in the deeper of the two."""
     theirs, ours = blocks_of(teacher), blocks_of(student)
-    widths = {int(config_of(network).hidden_size) for network in (teacher, student)}
-    if len(widths) > 1 or len(ours) > len(theirs):
-        return None
-    return [theirs[layer] for layer in choose_layers(len(theirs), len(ours))], list(ours)
-
-
-@contextlib.contextmanager
-def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The output of each block [records, tokens, width] in one forward pass, in the blocks' order."""
-    states: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+    depth = min(len(theirs), len(ours))
+    chosen = [[blocks[layer] for layer in choose_layers(len(blocks), depth)] for blocks in (theirs, ours)]
+    return chosen[0], chosen[1]

@@ -18,6 +18,7 @@ from common.errors import AdapterError, CoadaptError, DataError, DistillationErr
 from common.models import find_base, load_task_model, load_tokenizer
 from common.randomness import seeded
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
+from server.distillation.blocks import blocks_of
 from server.distillation.corpus import FEWEST, Corpus, corpus_of, read_corpus, words_of
 from server.distillation.domain_model import DomainModel
 from server.distillation.losses import hidden_distance, soft_cross_entropy
@@ -58,7 +59,7 @@ def teacher_of(manifest: Manifest) -> DomainModel:
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if name.endswith(("head.weight", "classifier.weight")):
+            if name.startswith(("head.", "classifier.")):
                 parameter.copy_(torch.randn_like(parameter))
     return DomainModel(network, load_tokenizer(base), manifest)
 
@@ -76,39 +77,44 @@ def test_softened_answers_cost_what_the_formula_says(temperature: float, seed: i
     assert soft_cross_entropy(teacher, teacher, temperature).abs().max() < 1e-5
 
 
-def test_hidden_distance_looks_at_kept_tokens_alone_and_at_no_scale() -> None:
+def test_hidden_distance_is_in_units_of_the_teachers_spread() -> None:
     torch.manual_seed(0)
-    teacher, student = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
-    keep = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    found = hidden_distance([student], [teacher], keep)
-    rows = [(0, 0), (0, 1), (1, 0)]
-    chosen = torch.stack([teacher[row] for row in rows])
-    expected = torch.stack([(student[row] - teacher[row]) ** 2 for row in rows]).mean() / chosen.var()
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(hidden_distance([3 * student], [3 * teacher], keep), expected)
-    student[0, 3] += 100
-    torch.testing.assert_close(hidden_distance([student], [teacher], keep), expected)
-    assert hidden_distance([student], [teacher], torch.zeros_like(keep)) == 0
+    teacher, student = torch.randn(5, 6), torch.randn(5, 6)
+    spread = sum((float(v) - float(teacher.mean())) ** 2 for v in teacher.flatten()) / 29
+    far = sum((float(a) - float(b)) ** 2 for a, b in zip(teacher.flatten(), student.flatten(), strict=True)) / 30
+    found = hidden_distance([student, teacher], [teacher, teacher])
+    assert float(found) == pytest.approx(far / spread / 2, rel=1e-5)
+    torch.testing.assert_close(hidden_distance([3 * student, teacher], [3 * teacher, teacher]), found)
+    assert hidden_distance([teacher[:0]], [teacher[:0]]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_learns_to_say_what_its_teacher_says(kind: str, manifest_for: Callable[..., Manifest]) -> None:
     manifest = manifest_for(
-        kind, distillation={"epochs": 6, "batch_size": 16, "learning_rate": 3e-3, "label_weight": 0.0}
+        kind, distillation={"epochs": 12, "batch_size": 16, "learning_rate": 4e-3, "label_weight": 0.0}
     )
     teacher = teacher_of(manifest)
     corpus = corpus_of(public(kind, 100), manifest)
     before = logits(teacher.network)
     said = predictions_of(teacher, corpus.held_out)
-    student = keep_layers(teacher, [1])
+    student = shaken(keep_layers(teacher, [1]))
     start = distance(student, teacher, corpus)
     passes: list[Progress] = []
     student = distil(teacher, student, corpus, manifest.distillation, listen=passes.append)
     assert distance(student, teacher, corpus) < 0.5 * start
-    assert passes[-1].loss < 0.5 * passes[0].loss
-    assert [progress.epoch for progress in passes] == [1, 2, 3, 4, 5, 6]
+    assert passes[-1].loss < 0.8 * passes[0].loss
+    assert [progress.epoch for progress in passes] == list(range(1, 13))
     assert predictions_of(teacher, corpus.held_out) == said
     assert torch.equal(logits(teacher.network), before)
+
+
+def shaken(student: DomainModel) -> DomainModel:
+    """The student with other numbers in its block: an untrained one computes much the same with and without it."""
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in blocks_of(student.network)[0].parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return student
 
 
 def distance(student: DomainModel, teacher: DomainModel, corpus: Corpus) -> float:
@@ -118,7 +124,8 @@ def distance(student: DomainModel, teacher: DomainModel, corpus: Corpus) -> floa
     for model in (student, teacher):
         with torch.inference_mode():
             output = model.network(**batch.inputs())
-        found.append(output if isinstance(output, Tensor) else output.logits[batch.attention_mask.bool()])
+        read = batch.targets >= 0 if teacher.manifest.task.kind == "token-classification" else batch.attention_mask > 0
+        found.append(output if isinstance(output, Tensor) else output.logits[read])
     return float((found[0] - found[1]).square().mean())
 
 
@@ -284,6 +291,29 @@ class TestCorpus:
         corpus = read_corpus([tmp_path / "a.jsonl", tmp_path / "b.txt"], manifest_for())
         known = {index for index, r in enumerate(corpus.train) if isinstance(r, TextRecord) and r.label == "b"}
         assert corpus.labelled == known
+
+    def test_a_file_may_have_labels_in_some_rows(self, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
+        rows = [
+            f'{{"text": "{t}"{", " if n % 10 == 0 else ""}' + ('"label": "b"}' if n % 10 == 0 else "}")
+            for n, t in enumerate(texts(100))
+        ]
+        (tmp_path / "a.txt").write_text("\n".join(texts(30)))
+        (tmp_path / "b.jsonl").write_text("\n".join(rows))
+        corpus = read_corpus([tmp_path / "a.txt", tmp_path / "b.jsonl"], manifest_for())
+        both = [*corpus.train, *corpus.held_out]
+        assert len(both) == 100
+        assert sum(isinstance(r, TextRecord) and r.label == "b" for r in both) == 10  # also of texts seen before
+        known = {index for index, r in enumerate(corpus.train) if isinstance(r, TextRecord) and r.label == "b"}
+        assert corpus.labelled == known
+        assert known
+
+    def test_words_without_tags_are_read_from_csv(self, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
+        rows = "".join('"[""' + '"", ""'.join(t.split()) + '""]"\n' for t in texts(60))
+        (tmp_path / "a.csv").write_text("tokens\n" + rows)
+        corpus = read_corpus([tmp_path / "a.csv"], manifest_for("token-classification"))
+        found = {r.tokens for r in (*corpus.train, *corpus.held_out) if isinstance(r, TokensRecord)}
+        assert found == {tuple(t.split()) for t in texts(60)}
+        assert not corpus.labelled
 
     def test_plain_text_becomes_words_and_answers(self, manifest_for: Callable[..., Manifest], tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("\n".join(texts(60)), encoding="utf-8")
