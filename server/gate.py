@@ -26,6 +26,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import CoadaptError
+from common.log_lines import json_line
 from common.release import MOST_FETCH_BYTES, RELEASE_PATH
 from server.access_log import AccessLog
 from server.enrolment import admitted
@@ -328,6 +329,8 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 78
     more_files()
+    if chosen.log_json:
+        print(json_line("gate", "starting", listen=settings.listen), flush=True)
     gate = make_gate(
         superlink_url(settings),
         settings,

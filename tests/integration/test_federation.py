@@ -370,7 +370,10 @@ def test_every_command_of_the_document_was_run(federation: Deployment, typed: Ty
         text = (it.coordinator / "log" / f"{name}.log").read_text().splitlines()
         first = next(place for place, line in enumerate(text) if line.startswith('{"time"'))
         assert {json.loads(line)["process"] for line in text[first:]} == {name}
-    it.type("init", "other.toml", "--name", "other", "--task", "causal-lm", "--base", "base")
+    told = ("--name", "clinic", "--train", "records.jsonl", "--population", "patients", "--unit", "patient")
+    it.type("site", "init", "--home", "clinic", *told, "--units", 1100, "--epsilon", 10, "--yes")
+    base = it.manifest.model.base
+    it.type("init", "other.toml", "--name", "other", "--task", "text-classification", "--labels", "a,b", "--base", base)
     ours = {line: shape(line) for line in [*lines(), *in_passing()] if line.startswith("coadapt ")}
     missing = {line for line, wanted in ours.items() if not typed.covers(wanted) and not run_elsewhere(wanted)}
     assert {line for line in missing if not (ours[line][0] in forbidden and "relay_user" in ours[line][1])} == set()
