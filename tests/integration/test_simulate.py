@@ -314,6 +314,72 @@ def test_the_runs_own_manifest_repeats_it(full: tuple[World, Ended]) -> None:
 # --- the other tasks, and the same seed twice -------------------------------------------------------------------------
 
 
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The one JSON object that a command prints which ends well."""
+    monkeypatch.setattr(sys, "argv", ["coadapt", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.slow
+def test_the_run_becomes_a_compact_model(
+    full: tuple[World, Ended], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world, ended = full
+    monkeypatch.chdir(world.folder)
+    public = [row["text"] for row in clauses("public", 60, dict.fromkeys(SKEW, "abc"))]
+    (world.folder / "public.txt").write_text("\n".join(public), encoding="utf-8")
+    settings = ["distillation.size=1/4", "distillation.epochs=8", "distillation.max_loss=0.2"]
+    settings += ["distillation.batch_size=8", "distillation.learning_rate=3e-3", "distillation.exports=['safetensors']"]
+    command = ["distill", "runs/full", "--corpus", "public.txt", "--out", "compact", "--json"]
+    said = printed(monkeypatch, capsys, *command, *(word for each in settings for word in ("--set", each)))
+    assert [line["step"] for line in said["steps"]] == ["teacher", "vocabulary", "student", "train", "safetensors"]
+    federated = next(row for row in ended.summary.table if row.name == "federated")
+    # The run was measured in the adapter's own arithmetic, the teacher merged; both read the same test records.
+    assert said["steps"][0]["test"]["accuracy"] == pytest.approx(federated.figures["accuracy"], abs=0.02)
+    assert said["met"], said["verdict"]
+    assert said["steps"][3]["parameters"] <= said["steps"][0]["parameters"] / 4
+    card = (world.folder / "compact" / "README.md").read_text(encoding="utf-8")
+    assert "simulation" in card
+    assert SECRET not in card  # neither text nor unit of a private record
+    figures = printed(monkeypatch, capsys, "evaluate", "compact", "test.jsonl", "--json", "--no-speed")
+    assert said["steps"][3]["test"]["accuracy"] == pytest.approx(
+        next(figure["value"] for figure in figures["figures"] if figure["metric"] == "accuracy"), abs=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["runs/full"], "name files with --corpus FILE"),
+        (["runs/full", "--corpus", "gone.txt"], "gone.txt"),
+        (["runs/full", "--corpus", "few.txt"], "at least 50 different texts, found 2"),
+        (["runs/full", "--only", "quantise"], "found 'quantise'"),
+        (["runs/full", "--set", "training.rounds=3"], "takes settings of [distillation] here"),
+        (["runs/full", "--set", "distillation.size=0.1"], "distillation.size must be"),
+        (["runs/none"], "no such file or folder"),
+        (["runs/full/rounds"], "a model is"),
+    ],
+)
+def test_what_cannot_be_distilled_ends_in_one_line(
+    full: tuple[World, Ended],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    world, _ = full
+    monkeypatch.chdir(world.folder)
+    (world.folder / "few.txt").write_text("one\ntwo\n", encoding="utf-8")
+    _, said = refused(monkeypatch, capsys, "distill", *arguments, "--out", "never")
+    assert words in said
+    assert not (world.folder / "never").exists()
+
+
 def sentences(count: int) -> list[dict[str, Any]]:
     rng, rows = seeded(0, "toy sentences"), []
     for number in range(count):
