@@ -31,6 +31,9 @@ __all__ = ["Shape", "choose_layers", "from_scratch", "keep_layers", "keep_positi
 # Of the shapes of one size the one with this many times more heads left than feed-forward columns, as shares: on
 # banking77 a third of the heads beside a quarter of the columns did best (docs/lab-notes.md).
 HEADS_TO_COLUMNS = 4 / 3
+# Layers below this share of their heads are too narrow: a student of a tenth with four of six layers and a quarter of
+# the heads did better than one with six and a sixth, in less time (docs/lab-notes.md).
+LEAST_HEADS = Fraction(1, 4)
 STEP = 8  # feed-forward columns are a multiple of it, which matrix units like
 SCRATCH_LAYERS, SCRATCH_HEAD = 4, 32
 
@@ -94,7 +97,9 @@ def keep_positions(model: DomainModel) -> DomainModel:
 def shape_for(model: DomainModel, ratio: Fraction, *, of: int, layers: int | None = None) -> Shape:
     """The largest shape of `model` with at most `ratio` times `of` parameters.
 
-    Narrow and deep: all layers (or `layers` of them) as long as each keeps a group of heads and some columns.
+    Narrow and deep, within measure: as many layers as can keep LEAST_HEADS of their heads each, at least half of all;
+    where they cannot, half of them, or else as many as keep one group of heads and some columns. `layers` chooses
+    instead.
 
     Raises:
         DistillationError: not even the smallest shape is small enough; it says what is.
@@ -104,16 +109,20 @@ def shape_for(model: DomainModel, ratio: Fraction, *, of: int, layers: int | Non
     if layers is not None:
         choose_layers(most, layers)
     counts = [layers] if layers is not None else range(most, 0, -1)
-    smallest = model.parameters
+    smallest, fitting = model.parameters, []
     for count in counts:
         kept = choose_layers(most, count)
         costs = _Costs.of(model, kept)
         smallest = costs.parameters(1, STEP)
         if (shape := _balanced(costs, kept, budget)) is not None:
-            return shape
+            fitting.append(shape)
+    deep = [shape for shape in fitting if 2 * len(shape.layers) >= most]
+    wide = [shape for shape in deep if shape.heads >= LEAST_HEADS * parts[0].groups]
+    if fitting:
+        return (wide or deep[-1:] or fitting)[0]
     raise DistillationError(
         f"distillation.size: {ratio} of the teacher's {of:,} parameters are {budget:,}, but embeddings and the smallest"
-        f" layers take {smallest:,}; at least 1/{max(1, of // smallest)} can be met; for less set"
+        f" layers take {smallest:,}; {math.ceil(1000 * smallest / of) / 1000} of them or more can be met; for less set"
         " distillation.vocabulary to fewer pieces"
     )
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from common.config.manifest import Manifest
 from common.errors import DistillationError
-from common.models import find_base, load_task_model, load_tokenizer
+from common.models import PooledClassifier, find_base, load_task_model, load_tokenizer
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 from server.distillation.blocks import blocks_of, parts_of
 from server.distillation.domain_model import DomainModel, load_model, save_model
@@ -180,8 +181,33 @@ def _flat(model: DomainModel, layers: tuple[int, ...]) -> Importance:
 
 
 def test_a_size_that_cannot_be_met_says_what_can(model: DomainModel) -> None:
-    with pytest.raises(DistillationError, match=r"distillation.size: 1/500 .* at least 1/\d+ can be met"):
+    with pytest.raises(
+        DistillationError, match=r"distillation.size: 1/500 .* take .*; 0\.\d+ of them or more can"
+    ) as error:
         shape_for(model, Fraction(1, 500), of=model.parameters)
+    least = Fraction(str(error.value).partition(" of them or more")[0].rpartition(" ")[2])
+    met = shape_for(model, least, of=model.parameters)
+    assert met.parameters <= least * model.parameters
+    with pytest.raises(DistillationError):
+        shape_for(model, least - Fraction(2, 1000), of=model.parameters)
+
+
+def test_deep_students_have_a_least_width(manifest_for: Callable[..., Manifest], model: DomainModel) -> None:
+    """The default base with a vocabulary of 1,781 and 64 places, as on banking77."""
+    config = BertConfig(
+        vocab_size=1781, hidden_size=384, intermediate_size=1536, num_hidden_layers=6, max_position_embeddings=64
+    )
+    with torch.device("meta"):
+        network = PooledClassifier(BertModel(config, add_pooling_layer=False), "mean", 77)
+    base = DomainModel(network, model.tokenizer, manifest_for())
+    assert base.parameters == 11_386_445
+    teacher = 22_595_021
+    found = {size: shape_for(base, Fraction(1, size), of=teacher) for size in (3, 5, 10, 20)}
+    assert {size: len(shape.layers) for size, shape in found.items()} == {3: 6, 5: 6, 10: 4, 20: 3}
+    for size, shape in found.items():
+        assert 0.97 * teacher / size < shape.parameters <= teacher / size
+        assert size == 20 or shape.heads >= 3
+    assert shape_for(base, Fraction(1, 10), of=teacher, layers=6).heads == 2
 
 
 def test_a_student_from_scratch_is_the_widest_that_fits(model: DomainModel, tmp_path: Path) -> None:
