@@ -23,7 +23,7 @@ from server.distillation.corpus import FEWEST, Corpus, corpus_of, read_corpus, w
 from server.distillation.domain_model import DomainModel
 from server.distillation.losses import hidden_distance, soft_cross_entropy
 from server.distillation.measuring import agreement, predictions_of
-from server.distillation.student import keep_layers
+from server.distillation.student import from_scratch, keep_layers
 from server.distillation.teacher import load_teacher
 from server.distillation.term_search import find_terms
 from server.distillation.terms import add_terms
@@ -142,6 +142,22 @@ def test_it_learns_where_both_cut_texts_differently(kind: str, manifest_for: Cal
     passes: list[Progress] = []
     distil(teacher, student, corpus, manifest.distillation, listen=passes.append)
     assert passes[-1].loss < passes[0].loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_of_another_width_are_compared_through_a_map(kind: str, manifest_for: Callable[..., Manifest]) -> None:
+    """With hidden states alone to learn from, a narrower network of random weights still learns, and keeps no map."""
+    settings = {"epochs": 4, "batch_size": 16, "learning_rate": 4e-3, "label_weight": 0.0, "temperature": 1.0}
+    manifest = manifest_for(kind, distillation={**settings, "hidden_weight": 50.0})
+    teacher = teacher_of(manifest)
+    corpus = corpus_of(public(kind, 90), manifest)
+    student = from_scratch(manifest, teacher.tokenizer, parameters=120_000)
+    assert student.network.config.hidden_size < teacher.network.config.hidden_size
+    names = list(student.network.state_dict())
+    passes: list[Progress] = []
+    made = distil(teacher, student, corpus, manifest.distillation, listen=passes.append)
+    assert passes[-1].loss < 0.8 * passes[0].loss
+    assert list(made.network.state_dict()) == names
 
 
 def test_equal_seeds_give_equal_students(manifest_for: Callable[..., Manifest]) -> None:
