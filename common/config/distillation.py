@@ -50,7 +50,7 @@ class DistillationSection(Section):
         description="a fresh tokenizer and a student of random weights instead of the teacher's own, for text that the"
         " base does not know",
     )
-    epochs: int = Field(6, ge=1, le=1000, description="passes over the corpus")
+    epochs: int = Field(10, ge=1, le=1000, description="passes over the corpus")
     batch_size: int = Field(32, ge=1, le=65536, description="texts in one optimiser step")
     learning_rate: float = Field(4e-4, gt=0, le=1, description="peak learning rate of AdamW")
     temperature: float = Field(2.0, gt=0, le=100, description="softens teacher's and student's logits alike")

@@ -83,7 +83,7 @@ def test_a_contract_belongs_to_one_firm_and_holds_six_to_ten_clauses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 300, 380), ("public", 2600, 3200)]
+    ("split", "low", "high"), [("train", 1350, 1650), ("dev", 150, 230), ("test", 300, 380), ("public", 1750, 2150)]
 )
 def test_splits_have_their_sizes(split: str, low: int, high: int) -> None:
     assert low <= len(split_of(split)) <= high
