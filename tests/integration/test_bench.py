@@ -17,7 +17,7 @@ from simulations.commands import app
 @pytest.mark.slow
 def test_the_simulation_bench_prints_one_object(tmp_path: Path) -> None:
     coadapt = Path(sys.executable).with_name("coadapt")
-    command = [str(coadapt), "bench", "simulation", "--json", "--sites", "2", "--rounds", "1", "--repetitions", "1"]
+    command = [str(coadapt), "bench", "simulation", "--json", "--sites", "3", "--rounds", "1", "--repetitions", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
 
     assert done.returncode == 0, done.stderr

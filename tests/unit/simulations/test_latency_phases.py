@@ -88,13 +88,24 @@ def test_a_round_that_did_not_end_has_no_parts() -> None:
 
 
 def test_the_logs_say_when(tmp_path: Path) -> None:
-    lines = [
-        {"time": 1.0, "path": "/v1/fleet/pull-messages", "seconds": 0.1, "bytes_out": 0},
-        {"time": 2.0, "path": "/v1/fleet/pull-messages", "seconds": 0.1, "bytes_out": 464},
-        {"time": 3.0, "path": "/v1/fleet/pull-object", "seconds": 0.1, "bytes_out": 164},
-        {"time": 4.0, "path": "/v1/fleet/confirm-message-received", "seconds": 0.1, "bytes_out": 0},
-        {"time": 5.0, "path": "/v1/fleet/push-messages", "seconds": 0.25, "bytes_out": 442},
+    requests = [
+        (1.0, "pull-messages", 0.1, 0),
+        (2.0, "pull-messages", 0.1, 464),
+        (3.0, "pull-object", 0.1, 164),
+        (4.0, "confirm-message-received", 0.1, 0),
+        (5.0, "push-messages", 0.25, 442),
     ]
+    lines = [
+        {
+            "time": datetime.fromtimestamp(moment, UTC).isoformat(),
+            "event": "request",
+            "path": f"/v1/fleet/{name}",
+            "seconds": seconds,
+            "bytes_out": size,
+        }
+        for moment, name, seconds, size in requests
+    ]
+    lines.append({**lines[1], "event": "refused"})
     log = tmp_path / "gate.log"
     log.write_text("\n".join(["something else", *map(json.dumps, lines)]) + "\n")
     assert gate_marks(log) == Marks(taken=[2.0], fetched=[4.0], brought=[4.75])
