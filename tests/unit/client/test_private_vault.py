@@ -225,7 +225,7 @@ def test_killed_at_twenty_moments_the_ledger_holds_all_that_was_released(
     site.ask(1, SiteState())  # so that what is left takes a few milliseconds a round
     (tmp_path / "released").mkdir()
     rng = random.Random(7)
-    for _ in range(20):
+    for kills in range(200):
         child = os.fork()
         if child == 0:
             try:
@@ -234,13 +234,16 @@ def test_killed_at_twenty_moments_the_ledger_holds_all_that_was_released(
                     (tmp_path / "released" / f"{os.getpid()}-{number}").write_text("")
             finally:
                 os._exit(1)
-        time.sleep(rng.uniform(0.0, 0.6))
+        time.sleep(rng.uniform(0.0, 0.6) * (1 + kills // 20))  # a busy machine needs longer for a round
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL
         entries = Ledger(tmp_path / "ledger").entries()  # opens, and its chain holds
-        assert len(entries) >= 1 + len(list((tmp_path / "released").iterdir()))
-    assert len(list((tmp_path / "released").iterdir())) >= 5
+        released = len(list((tmp_path / "released").iterdir()))
+        assert len(entries) >= 1 + released
+        if kills >= 19 and released >= 5:
+            break
+    assert released >= 5
 
 
 def test_a_vault_opens_by_its_sites_policy(manifest_for: Manifests, tmp_path: Path) -> None:
