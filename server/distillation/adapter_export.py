@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from common.errors import DistillationError
-from server.distillation.exported import sha256
+from server.distillation.domain_model import sha256
 
 __all__ = ["adapter_of", "export_adapter"]
 

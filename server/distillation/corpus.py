@@ -12,7 +12,7 @@ from common.errors import DataError, DistillationError
 from common.randomness import seeded
 from common.records import InstructionRecord, Record, TextRecord, TokensRecord
 
-__all__ = ["FEWEST", "Corpus", "corpus_of", "read_corpus", "texts_in"]
+__all__ = ["FEWEST", "Corpus", "corpus_of", "read_corpus", "read_public", "texts_in"]
 
 # With fewer texts neither a vocabulary nor a student comes of it.
 FEWEST = 50
@@ -48,13 +48,23 @@ def read_corpus(paths: Sequence[Path], manifest: Manifest) -> Corpus:
     """
     if not paths:
         raise DistillationError("there is no corpus; name files of public text with --corpus FILE")
+    records, labelled = read_public(paths, manifest)
+    return corpus_of(records, manifest, labelled=labelled, where=", ".join(path.name for path in paths))
+
+
+def read_public(paths: Sequence[Path], manifest: Manifest) -> tuple[list[Record], list[bool]]:
+    """The records of all files, cleaned, and of each whether it carries a label.
+
+    Raises:
+        DataError: a file is missing, damaged or lacks the column of the text.
+    """
     records: list[Record] = []
     labelled: list[bool] = []
     for path in paths:
         found, known = _read(path, manifest)
         records += found
         labelled += known
-    return corpus_of(records, manifest, labelled=labelled, where=", ".join(path.name for path in paths))
+    return records, labelled
 
 
 def corpus_of(
@@ -95,6 +105,13 @@ def _read(path: Path, manifest: Manifest) -> tuple[list[Record], list[bool]]:
         "token-classification": columns.tags,
         "causal-lm": columns.output,
     }[task.kind]
+    own = {
+        "text-classification": columns.text,
+        "token-classification": columns.tokens,
+        "causal-lm": columns.output,
+    }[task.kind]
+    if rows and not {own, "text"} & rows[0].keys():
+        raise DataError(f"{path}: no column {own!r} and none 'text'; map it in [data.columns], or give a .txt file")
     for row in rows:
         known = row.get(target) not in (None, "")
         if not known:

@@ -34,7 +34,7 @@ from common.errors import DistillationError
 from common.models import PooledClassifier, Pooling
 from common.tasks.task import Task, make_task
 
-__all__ = ["DomainModel", "load_model", "save_model", "stored_facts"]
+__all__ = ["DomainModel", "load_model", "save_model", "sha256", "stored_facts"]
 
 FACTS = "coadapt.json"
 _CLASSES: dict[str, Any] = {
@@ -86,7 +86,7 @@ def save_model(folder: Path, model: DomainModel, facts: Mapping[str, Any]) -> No
             written["pooling"] = network.pooling
         model.tokenizer.save_pretrained(part)
         files = sorted(path.name for path in part.iterdir() if path.is_file())
-        written |= {"sha256": {name: _sha256(part / name) for name in files}, "facts": dict(facts)}
+        written |= {"sha256": {name: sha256(part / name) for name in files}, "facts": dict(facts)}
         write_text(part / FACTS, json.dumps(written, indent=2) + "\n")
 
 
@@ -108,7 +108,7 @@ def load_model(folder: Path) -> DomainModel:
     for name, digest in digests.items():
         if name.endswith((".onnx", ".gguf")):  # whole models of their own, which may be left behind
             continue
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise DistillationError(f"{folder / name} was changed or is gone since the model was stored; restore it")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -171,6 +171,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return own
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """An exported file's own facts, from the `coadapt.json` beside it: its manifest, and that no byte of it changed."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from common.config.manifest import Manifest
 from common.errors import DistillationError
-from server.distillation.domain_model import FACTS
+from server.distillation.domain_model import FACTS, sha256
 
-__all__ = ["WEIGHTS", "ExportFacts", "read_facts", "sha256"]
+__all__ = ["WEIGHTS", "ExportFacts", "read_facts"]
 
 # Endings of the files of which a folder may hold several, each a whole model; the rest belongs to all of them.
 WEIGHTS = (".onnx", ".gguf", ".safetensors")
@@ -50,9 +49,3 @@ def read_facts(path: Path) -> ExportFacts:
         if wanted and (not (folder / name).is_file() or sha256(folder / name) != digest):
             raise DistillationError(f"{folder / name} was changed or is gone since it was exported; export it again")
     return ExportFacts(manifest, facts)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,8 +25,7 @@ from common.errors import DistillationError
 from server.assessment.opening import open_model
 from server.distillation.adapter_export import adapter_of, export_adapter
 from server.distillation.deployment import write_repository
-from server.distillation.domain_model import FACTS, DomainModel, load_model, save_model
-from server.distillation.exported import sha256
+from server.distillation.domain_model import FACTS, DomainModel, load_model, save_model, sha256
 from server.distillation.fidelity import Distance, distance, sample_of
 from server.distillation.gguf_export import Precision, check_gguf, compare_vocabulary, export_gguf, load_gguf
 from server.distillation.model_card import model_card

@@ -1,14 +1,10 @@
 """`coadapt vocabulary ...`: what changes the vocabulary of a finished model; the work is done elsewhere."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from common.config.manifest import Manifest
-    from server.distillation.pieces import Text
 
 __all__ = ["vocabulary"]
 
@@ -34,6 +30,7 @@ def extend(
 ) -> None:
     """Make terms single tokens of a finished model; only their rows are trained, all else stays bit for bit."""
     from common.errors import DistillationError
+    from server.distillation.corpus import read_public, texts_in
     from server.distillation.domain_model import load_model, save_model, stored_facts
     from server.distillation.extend import extend as extended
     from server.distillation.terms import read_terms
@@ -41,7 +38,7 @@ def extend(
     if out.exists():
         raise DistillationError(f"{out} exists already; a model never replaces another: choose another folder")
     wanted, old = read_terms(terms), load_model(model)
-    texts = [text for path in corpus for text in _texts(path, old.manifest)]
+    texts = texts_in(read_public(corpus, old.manifest)[0])
     made, facts = extended(old, wanted, texts, epochs=epochs, seed=seed)
     before = stored_facts(model)
     save_model(out, made, {**before, "extended": [*before.get("extended", []), facts]})
@@ -59,31 +56,3 @@ def extend(
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def _texts(path: Path, manifest: "Manifest") -> list["Text"]:
-    """The texts of a file as the manifest's task reads them; labels and answers' places do not matter."""
-    from common.data_files import read_rows
-    from common.errors import DataError
-
-    if path.suffix == ".txt":
-        try:
-            return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as UTF-8 text ({type(error).__name__}); check the path") from error
-    columns = manifest.data.columns
-    names = {
-        "text-classification": (columns.text,),
-        "token-classification": (columns.tokens,),
-        "causal-lm": (columns.instruction, columns.input, columns.output),
-    }[manifest.task.kind]
-    texts: list[Text] = []
-    for number, row in enumerate(read_rows(path), start=1):
-        values = [row[name] for name in names if row.get(name)]
-        if not values and number == 1:
-            raise DataError(f"{path}: no column {names[0]!r}; map it in [data.columns], or give a .txt file")
-        if manifest.task.kind == "token-classification":
-            texts += [[str(word) for word in value] for value in values if isinstance(value, list)]
-        elif values:
-            texts.append("\n".join(str(value) for value in values))
-    return texts

@@ -345,6 +345,9 @@ class TestCorpus:
             read_corpus([tmp_path / "a.txt"], manifest_for())
         with pytest.raises(DistillationError, match="--corpus"):
             read_corpus([], manifest_for())
+        (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
+        with pytest.raises(DataError, match=r"no column 'text'"):
+            read_corpus([tmp_path / "b.jsonl"], manifest_for())
         with pytest.raises(DataError, match="gone"):
             read_corpus([tmp_path / "gone.txt"], manifest_for())
 

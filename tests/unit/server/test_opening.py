@@ -129,8 +129,6 @@ def _onnx_file(path: Path) -> None:
 
 
 def test_an_onnx_file_and_a_folder_with_one(manifest_for: Manifests, tmp_path: Path) -> None:
-    for package in ("onnx", "onnxruntime"):
-        pytest.importorskip(package)
     model, folder = tiny(manifest_for("text-classification")), tmp_path / "out"
     save_model(folder, model, {})
     (folder / "model.safetensors").unlink()  # who copies the small file leaves the large one behind
