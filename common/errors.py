@@ -8,7 +8,8 @@
     ├── DistillationError    a compact model cannot be made, stored, exported or read
     ├── AssessmentError      a model cannot be measured, or two cannot be compared
     ├── TrainingError        training cannot go on
-    │   └── NotFiniteLoss    the loss became NaN or infinite
+    │   ├── NotFiniteLoss    the loss became NaN or infinite
+    │   └── OutOfMemory      memory does not suffice, for half of the records at once neither
     ├── PrivacyError         a privacy setting breaks a rule, or a check of the private training failed
     │   └── BudgetError      a round would cost more than the population's cap leaves
     ├── LedgerError          the ledger cannot be opened, written or trusted
@@ -72,6 +73,7 @@ __all__ = [
     "ModelError",
     "NotFiniteLoss",
     "NotFiniteValue",
+    "OutOfMemory",
     "OutOfTurn",
     "PolicyBreach",
     "PolicyRefused",
@@ -155,6 +157,12 @@ class NotFiniteLoss(TrainingError):
     """The loss became NaN or infinite; the site sits the round out."""
 
     code = "not_finite_loss"
+
+
+class OutOfMemory(TrainingError):
+    """Memory does not suffice for a step, for half of the records at once neither; the site sits the round out."""
+
+    code = "out_of_memory"
 
 
 class PrivacyError(CoadaptError):

@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from client.ticks import tick
+from client.training.physical import roomy
 from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
 from common.errors import NotFiniteLoss
@@ -78,6 +80,7 @@ def train(
 
     Raises:
         NotFiniteLoss: the loss became NaN or infinite; the model is left as it is.
+        OutOfMemory: memory does not suffice (`client/training/physical.py`); the model is left as it is.
     """
     parameters = [p for p in trained_parameters(model).values() if p.requires_grad]
     anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
@@ -86,10 +89,12 @@ def train(
     if not model.training:  # asking every module takes as long as a step of a small one
         model.train()
     losses: list[float] = []
+    steps_in_room = roomy(section)
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, steps), start=first_step):
         set_learning_rates(optimizer, section, step, total_steps)
-        loss = _gradient(model, task, [examples[index] for index in batch], section, precision)
+        gradient = partial(_gradient, model, task, [examples[index] for index in batch], precision)
+        loss = steps_in_room.summed(gradient, undo=partial(optimizer.zero_grad, set_to_none=True))
         if not math.isfinite(loss):
             raise NotFiniteLoss(f"the loss became {loss} in step {step - first_step + 1}; try a lower learning rate")
         for parameter, start in zip(parameters, anchor, strict=False):
@@ -102,12 +107,9 @@ def train(
     return Outcome(sum(losses) / len(losses), steps * section.batch_size, time.perf_counter() - started)
 
 
-def _gradient(
-    model: nn.Module, task: Task, examples: Sequence[Example], section: TrainingSection, precision: str
-) -> float:
-    """Leave the gradient of the batch's mean loss in the parameters, micro-batch by micro-batch; return that loss."""
+def _gradient(model: nn.Module, task: Task, examples: Sequence[Example], precision: str, size: int) -> float:
+    """Leave the gradient of the batch's mean loss in the parameters, `size` records at once; return that loss."""
     device = next(model.parameters()).device
-    size = section.micro_batch_size or section.batch_size
     # Micro-batches of like lengths need little padding; the gradient is a mean, so their order does not matter.
     examples = sorted(examples, key=lambda example: len(example.tokens))
     total = torch.zeros((), device=device)

@@ -9,7 +9,7 @@ sums reach the adapter.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from client.protection import Mechanism
 from client.training.loop import new_optimizer, set_learning_rates
 from client.training.per_sample import Engine, per_sample_gradients
+from client.training.physical import physical_records, roomy
 from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
 from common.errors import PrivacyError
@@ -110,6 +111,7 @@ def train_private(
 
     Raises:
         PrivacyError: a check of the mechanism failed; the model may have been changed and must not be sent.
+        OutOfMemory: memory does not suffice (`client/training/physical.py`); the same holds.
     """
     plain = new_optimizer(model, section)
     head = (parameter for name, parameter in trained_parameters(model).items() if is_head(name))
@@ -117,27 +119,47 @@ def train_private(
     if canaries is not None:
         optimizer.attach_step_hook(canaries.look)
     model.train()
+    steps_in_room = roomy(section)
     began = time.perf_counter()
     with per_sample_gradients(model) as engine:
         for step in range(first_step, first_step + steps):
             set_learning_rates(plain, section, step, total_steps)
             chosen = randomness.chosen(len(units), mechanism.sampling_rate)
             sampled = [_capped(units[index], mechanism.records_per_unit, randomness) for index in chosen]
-            size = section.micro_batch_size or section.batch_size
-            passes: list[Callable[[], None]] = [
-                partial(unit_gradients, engine, model, task, batch, precision) for batch in _physical(sampled, size)
-            ]
+            # Sampled once, whatever memory allows: the passes after it are a way to compute one and the same sum.
+            leave_sum = partial(_clipped_sum, optimizer, engine, model, task, sampled, precision)
+            steps_in_room.summed(leave_sum, undo=partial(optimizer.zero_grad, set_to_none=True))
             if canaries is not None:
-                for drawn in canaries.batches(randomness, mechanism.sampling_rate, size):
-                    passes.append(partial(canaries.leave_gradients, drawn, mechanism.clip))
-            passes = passes or [partial(unit_gradients, engine, model, task, [], precision)]
-            for number, leave_gradients in enumerate(passes, start=1):
-                optimizer.zero_grad(set_to_none=True)
-                leave_gradients()
-                optimizer.signal_skip_step(number < len(passes))
-                optimizer.step()
+                for drawn in canaries.batches(randomness, mechanism.sampling_rate, physical_records(section)):
+                    canaries.leave_gradients(drawn, mechanism.clip)
+                    _add(optimizer)
+            # A batch of no unit ends the step: noise is added to the sum once, and nothing after it is tried again.
+            unit_gradients(engine, model, task, [], precision)
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return time.perf_counter() - began
+
+
+def _clipped_sum(
+    optimizer: NoisedOptimizer,
+    engine: Engine,
+    model: nn.Module,
+    task: Task,
+    units: Sequence[list[Example]],
+    precision: str,
+    size: int,
+) -> None:
+    """Leave the sum of the units' clipped gradients in `p.summed_grad`, `size` records at once."""
+    for batch in _physical(units, size):
+        unit_gradients(engine, model, task, batch, precision)
+        _add(optimizer)
+
+
+def _add(optimizer: NoisedOptimizer) -> None:
+    """Clip the gradients in `p.grad_sample`, add them to `p.summed_grad`, and let them go."""
+    optimizer.clip_and_accumulate()
+    for parameter in optimizer.params:
+        parameter.grad_sample = None
 
 
 def unit_gradients(
