@@ -19,6 +19,7 @@ from common.errors import RunError
 
 __all__ = [
     "BaselineFinished",
+    "BatchHalved",
     "Event",
     "EventLog",
     "EventSink",
@@ -32,8 +33,10 @@ __all__ = [
     "RunStopped",
     "SiteFailed",
     "SiteFinished",
+    "SlotClosed",
     "StageFinished",
     "SumOpened",
+    "WorkersPlanned",
     "read_events",
 ]
 
@@ -135,6 +138,35 @@ class StageFinished(Event):
     stage: str
     seconds: float
     waited: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersPlanned(Event):
+    """Where a simulation's workers compute: how many, and the plan in lines for a person."""
+
+    workers: int
+    plan: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchHalved(Event):
+    """Memory ran out while a worker trained for `site`: from now on it computes on `after` records at once, instead of
+    `before`. The step was summed again over the same records, so what it gives, and its privacy, stay."""
+
+    round: int
+    site: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotClosed(Event):
+    """Memory ran out for `site` with the halved batch too: on `device` no more than `left` workers compute at once."""
+
+    round: int
+    site: str
+    device: str
+    left: int
 
 
 @dataclass(frozen=True, kw_only=True)

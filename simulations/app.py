@@ -6,6 +6,7 @@ take neither from a coordinator; there the relay speaks to the one vault of its 
 
 import json
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from client.ledger import Ledger
 from client.protection import Population
 from client.relay import failure, relay
 from client.resident import resident
+from client.state import SiteState
 from client.vault import Vault, note
 from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
 from simulations.baselines import train_alone
+from simulations.seats import at_work, take_seat
 from simulations.workers import worker_begins
 
 __all__ = ["THREADS", "client", "preload", "server"]
@@ -40,11 +43,26 @@ def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
     notes = _notes(message)
     try:
-        vault = _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"])
-        return relay(message, context, vault, state_name=f"site of {notes['folder']}")
+        with at_work(notes["site"]):
+            vault = _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"])
+            asked = _AskedAgain(vault) if "again" in notes else vault
+            return relay(message, context, asked, state_name=f"site of {notes['folder']}")
     except Exception as error:
         note(Path(notes["log"]), error)
         return failure(message, error)
+
+
+@dataclass(frozen=True)
+class _AskedAgain:
+    """A vault that is asked once more since memory ran out while it trained: nothing of that training left it, and
+    where it was charged, the charge pays for the one that comes now."""
+
+    vault: Vault
+
+    def answer(self, data: bytes, state: SiteState) -> tuple[bytes, SiteState]:
+        header = decode(data).header
+        lost = self.vault.charged(header.run_id)[-1:] == [header.round]
+        return self.vault.answer(data, state, unreleased=lost)
 
 
 @client.query("baseline")
@@ -54,7 +72,8 @@ def baseline(message: Message, context: Context) -> Message:
     try:
         folder = Path(notes["folder"])
         request = decode(unpack(message.content))
-        reply = train_alone(request, _manifest(folder.parent), notes["site"], folder, steps=int(notes["steps"]))
+        with at_work(notes["site"]):
+            reply = train_alone(request, _manifest(folder.parent), notes["site"], folder, steps=int(notes["steps"]))
         return Message(pack(encode(reply)), reply_to=message)
     except Exception as error:
         note(Path(notes["log"]), error)
@@ -82,6 +101,7 @@ def preload(root: Path) -> None:
 def _manifest(root: Path) -> Manifest:
     quiet()
     worker_begins()
+    take_seat()
     torch.set_num_threads(int(os.environ.get(THREADS, "1")))
     return _read(root)
 

@@ -7,7 +7,6 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from client.protection import mechanism
 from client.resident import Resident, resident
@@ -20,7 +19,10 @@ from common.config.manifest import Manifest
 from common.contribution import contribution_shapes, projection_shapes
 from common.messages import Envelope, Evaluate, encode
 from server.aggregation.methods import method_for
-from simulations.engine import WORKER_BYTES, find_metrics, pinned, plan_workers
+from simulations.devices import keep_to
+from simulations.engine import find_metrics, pinned
+from simulations.footprint import PROCESS_BYTES, training_bytes
+from simulations.planning import plan_workers, would_need
 from simulations.secure_sites import require_crowd
 from simulations.sites import FederationData, label_counts, populations, read_federation
 from simulations.summarise import secure_sum_facts
@@ -43,6 +45,8 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     if sites is not None:
         require_crowd(manifest, sites)
     manifest = pinned(manifest)
+    if manifest.simulation:
+        keep_to(manifest.simulation)
     model = resident(manifest)
     state = first_state(model.model, manifest.training.seed)
     header = Evaluate(manifest_sha256=manifest.digest(), run_id="check", round=0, adapter_sha256=state_digest(state))
@@ -70,12 +74,7 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
         rows.append(("bytes of the run", f"{size_text((down * section.rounds + sum(up)) * sites)} for {sites} sites"))
     if federation and manifest.privacy is not None:
         rows.append(("privacy", _privacy(manifest, federation)))
-    memory = training_bytes(manifest, model)
-    rows.append(("memory", f"about {size_text(memory + WORKER_BYTES)} for a site that trains (an estimate)"))
-    if federation and manifest.simulation:
-        base_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
-        plan = plan_workers(manifest.simulation.workers, sites=len(federation.train), base_bytes=base_bytes)
-        rows.append(("workers", f"{plan.workers} with {plan.threads} threads each"))
+    rows.extend(_memory(manifest, model, sites))
     for name, value in rows:
         console.print(f"{name:<18}{value}", soft_wrap=True, highlight=False, markup=False)
     if federation:
@@ -102,6 +101,27 @@ def bytes_up(manifest: Manifest, state: AdapterState, header: Evaluate, accepted
         for each in sent
         if each
     )
+
+
+def _memory(manifest: Manifest, model: Resident, sites: int | None) -> list[tuple[str, str]]:
+    """What a site needs; in a simulation what fits where, and what would with other settings.
+
+    Raises:
+        RunError: no device has room for a worker; it says what would fit.
+    """
+    if manifest.simulation is None or sites is None:
+        memory = training_bytes(manifest, model) + PROCESS_BYTES
+        return [("memory", f"about {size_text(memory)} for a site that trains (an estimate)")]
+    plan = plan_workers(manifest, manifest.simulation, model, sites=sites)
+    needed = plan.footprint.at(plan.slots[0].records)
+    how = "measured" if plan.footprint.measured else "an estimate"
+    would = would_need(manifest, model, on_gpu=plan.devices[0].index is not None)
+    others = [f"{size_text(each.at(plan.slots[0].records))} with {name}" for name, each in would.items()]
+    rows = [("memory", f"about {size_text(needed)} for a site that trains ({how})")]
+    if others:
+        rows.append(("would need", f"by formula {'; '.join(others)}"))
+    rows.append(("workers", f"{plan.workers} with {plan.threads} threads each"))
+    return [*rows, *(("", line) for line in plan.lines())]
 
 
 def _secure_sum(manifest: Manifest, sites: int | None) -> str:
@@ -147,23 +167,3 @@ def _site_table(manifest: Manifest, train, held_out, test: int) -> Table:  # typ
         table.add_row(escape(site), count_text(len(records)), count_text(len(held_out.get(site, []))), labels)
     table.caption = f"{count_text(test)} test records"
     return table
-
-
-def training_bytes(manifest: Manifest, model: Resident) -> int:
-    """Estimated bytes of one site's training beside the process itself.
-
-    Base in float32; adapter with gradient and two moments (16 bytes a parameter); activations of one micro-batch of
-    the longest inputs, s b h (34 + 5 a s / h) bytes for each layer in 16 bit (Korthikanti et al. 2022, section 4.1),
-    twice that in 32 bit; a fifth of it with gradient checkpointing. With privacy also a gradient for each record.
-    """
-    config = next((module.config for module in model.model.modules() if isinstance(module, PreTrainedModel)), None)
-    layers = int(getattr(config, "num_hidden_layers", 12))
-    hidden, heads = int(getattr(config, "hidden_size", 768)), int(getattr(config, "num_attention_heads", 12))
-    batch = manifest.training.micro_batch_size or manifest.training.batch_size
-    length = manifest.data.max_length
-    activations = layers * length * batch * hidden * (34 + 5 * heads * length / hidden)
-    activations *= (2 if model.precision == "fp32" else 1) * (0.2 if manifest.training.gradient_checkpointing else 1)
-    parameters = sum(parameter.nbytes for parameter in model.model.parameters())
-    trained = sum(parameter.numel() for parameter in model.model.parameters() if parameter.requires_grad)
-    of_each_record = 4 * trained * batch if manifest.privacy is not None else 0
-    return int(parameters + 16 * trained + of_each_record + activations)

@@ -12,8 +12,6 @@ round by round; at the end the test records are measured once, and summary and r
 
 import contextlib
 import datetime
-import logging
-import os
 import re
 import secrets
 import signal
@@ -23,10 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
-import torch
+from typing import Literal
 
 from client.protection import mechanism
 from client.resident import Resident, resident
@@ -38,7 +33,7 @@ from common.config.manifest import Manifest
 from common.errors import CoadaptError, ManifestError, PrivacyError, RunError
 from common.evaluation import measure
 from common.extensions import load
-from common.flower import ClientApp, Context, Grid, ServerApp, quiet
+from common.flower import Grid
 from common.messages import Envelope, Evaluate, Evaluated, encode
 from common.metrics import Counts, figures
 from common.models import find_base, load_tokenizer
@@ -48,6 +43,7 @@ from common.progress import (
     EventLog,
     EventSink,
     PhaseStarted,
+    RoundStarted,
     RunStarted,
     RunStopped,
     SumOpened,
@@ -59,19 +55,20 @@ from server.coordinator import Coordinator
 from server.run_store import RunStore
 from server.secure_collection import SecureCollection
 from simulations import summarise
-from simulations.app import THREADS, client
+from simulations.app import client
 from simulations.baselines import HELD_OUT, TEST, part_of
+from simulations.devices import keep_to
+from simulations.placing import MemoryFinds, Placed
+from simulations.planning import plan_workers, work_of
 from simulations.report import write_report
+from simulations.seats import Seats
 from simulations.secure_sites import SecureSites, found_consortium, require_crowd
 from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
+from simulations.slots import Plan
+from simulations.starting import start_flower
 from simulations.summary import BaseModelFacts, ComparedFacts, RunSummary, Timing
-from simulations.workers import end_workers, start_workers
 
-__all__ = ["Plan", "Run", "find_metrics", "pinned", "plan_workers", "simulate", "simulate_on", "start_flower"]
-
-# What a worker process needs beside the base: torch, transformers and Ray, measured at about 0.7 GB; and room for
-# activations and gradients of small batches.
-WORKER_BYTES = 1_500_000_000
+__all__ = ["Plan", "Run", "find_metrics", "pinned", "simulate", "simulate_on", "start_flower"]
 
 # How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
 NODES_SECONDS = 30.0
@@ -81,26 +78,6 @@ COMPARED = "compared"
 
 # How often answers are looked for. In one process that costs nothing, and workers wait at the end of a round.
 POLL_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Worker processes, threads in each, and the share of a GPU that each gets."""
-
-    workers: int
-    threads: int
-    gpu_share: float
-
-
-def plan_workers(wanted: int | str, *, sites: int, base_bytes: int) -> Plan:
-    """How many sites train at the same time: as many as cores (with GPUs: as many as those), as memory allows."""
-    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    if wanted == "auto":
-        fits = int(psutil.virtual_memory().available * 0.8 // (WORKER_BYTES + 2 * base_bytes))
-        workers = max(1, min(gpus or cores, sites, fits))
-    else:
-        workers = max(1, min(int(wanted), sites))
-    return Plan(workers, max(1, cores // workers), gpus / workers if gpus else 0.0)
 
 
 def pinned(manifest: Manifest, *, pinning: bool = False) -> Manifest:
@@ -202,35 +179,6 @@ def simulate_on(grid: Grid, config: dict[str, str]) -> RunSummary:
         return run.finish()
 
 
-def start_flower(run: "Run", client: ClientApp) -> None:
-    """Run the federation through Flower's simulation engine: the rounds in this process, `client` in Ray's workers."""
-    from flwr.simulation import run_simulation  # late: it imports Ray, which takes a second
-
-    quiet()
-    plan, server = run.plan, ServerApp()
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        run.federate(grid)
-        if isinstance(run.failure, Interrupted):
-            quiet(logging.CRITICAL)  # Flower shows a traceback of every call that is cut off
-            end_workers()
-
-    os.environ[THREADS] = str(plan.threads)
-    os.environ["OMP_NUM_THREADS"] = str(plan.threads)
-    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
-    try:
-        start_workers(plan.workers, preload=None if plan.gpu_share else run.root)
-        run_simulation(server, client, len(run.data.train), backend_config={"client_resources": resources})
-    except Exception as error:
-        if run.failure is None:
-            run.failure = error if isinstance(error, CoadaptError) else _engine_failed(error)
-
-
-def _engine_failed(error: Exception) -> RunError:
-    return RunError(f"Flower's simulation engine stopped: {type(error).__name__}: {error}")
-
-
 @contextlib.contextmanager
 def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
     """Ctrl-C asks the round loop to stop; a second one ends the process in the usual way."""
@@ -272,6 +220,7 @@ class Run:
     truncated: dict[str, int]
     baselines: bool
     began: float
+    work: dict[str, float]
     stop: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
     alone: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -281,9 +230,12 @@ class Run:
     coordinator: Coordinator | None = None
     secure_sites: SecureSites | None = None
     opened: list[SumOpened] = field(default_factory=list)
+    seats: Seats | None = None
+    placed: Placed | None = None
     sinks: list[EventSink] = field(default_factory=list)
     sites: dict[str, Path] = field(default_factory=dict)
     compared: "Run | None" = None
+    round: int = 0
     is_compared: bool = False
     compared_summary: RunSummary | None = None
     settings: list[str] = field(default_factory=list)
@@ -301,24 +253,21 @@ class Run:
             except PrivacyError as error:
                 raise PrivacyError(f"site {site!r}: {error}") from error
         manifest = pinned(manifest)
+        keep_to(simulation)
         model = resident(manifest)
-        truncated = {split: model.task.encode(records).truncated for split, records in data.splits().items()}
-        base_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
+        encoded = {split: model.task.encode(records) for split, records in data.splits().items()}
         first = first_state(model.model, manifest.training.seed)
         method_for(manifest, {name: array.shape for name, array in first.items()})  # refuses a base too large for it
         return cls(
             manifest=manifest,
             data=data,
             resident=model,
-            plan=plan_workers(
-                simulation.workers,
-                sites=len(data.train),
-                base_bytes=base_bytes * max(1, len({*simulation.ranks, manifest.adapter.rank})),
-            ),
+            plan=plan_workers(manifest, simulation, model, sites=len(data.train)),
             first=first,
-            truncated=truncated,
+            truncated={split: each.truncated for split, each in encoded.items()},
             baselines=simulation.baselines if baselines is None else baselines,
             began=began,
+            work=work_of(manifest, data, encoded["train"].examples),
         )
 
     @contextlib.contextmanager
@@ -345,7 +294,10 @@ class Run:
                     trainable_parameters=sum(array.size for array in self.first.values()),
                 )
             )
+            self.seats = self.seats or Seats(self.root / "slots", self.plan)
+            self.report(summarise.planned(self.plan))
             if self.compared is not None:
+                self.compared.plan, self.compared.seats = self.plan, self.seats  # one set of workers for both
                 stack.enter_context(self.compared.folder(self.store.folder, COMPARED, None))
             self.report(PhaseStarted(phase="start-up"))
             yield
@@ -354,6 +306,8 @@ class Run:
         """Give an event to everyone who listens; remember when the parts of the run began."""
         if isinstance(event, PhaseStarted):
             self.marks[event.phase] = time.monotonic()
+        if isinstance(event, RoundStarted):
+            self.round = event.round
         if isinstance(event, SumOpened):
             self.opened.append(event)
         for sink in self.sinks:
@@ -384,7 +338,7 @@ class Run:
 
     def _rounds(self, grid: Grid) -> None:
         self.report(PhaseStarted(phase="rounds"))
-        channel: Channel = self._channel(grid, {site: _Job(site, 0, {}) for site in self.data.train})
+        channel = self._placed(grid)
         sums = None
         if self.manifest.secure_sum.enabled:
             consortium = found_consortium(self.manifest, list(self.data.train))
@@ -411,6 +365,24 @@ class Run:
         )
         self.store.save_result(self.coordinator.run())
 
+    def _placed(self, grid: Grid) -> Channel:
+        """The channel of the rounds, which looks after workers and memory where this run started them."""
+        jobs = {site: _Job(site, 0, {}) for site in self.data.train}
+        free = self._channel(grid, jobs)
+        if self.seats is None:
+            return free
+        self.placed = Placed(
+            free,
+            self._channel(grid, jobs, in_flight=self.plan.workers),
+            self._channel(grid, jobs, again=True),
+            work=self.work,
+            plan=self.plan,
+            seats=self.seats,
+            report=self.report,
+            number=lambda: self.round,
+        )
+        return self.placed
+
     def _measure_public(self, adapter: AdapterState) -> Counts:
         """Counts of an adapter on the public records, in this process: they are nobody's secret."""
         model, section = self.resident, self.manifest.evaluation
@@ -424,8 +396,13 @@ class Run:
             metrics=self.manifest.metrics,
         )
 
-    def _channel(self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None) -> FlowerChannel:
-        """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is."""
+    def _channel(
+        self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None, again: bool = False
+    ) -> FlowerChannel:
+        """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is.
+
+        They also tell of a job that comes `again` since memory ran out before anything of it left.
+        """
         nodes = self._nodes(grid)
         run = self.store.folder.resolve()
         notes = {
@@ -435,6 +412,7 @@ class Run:
                 "log": str(run / "site-logs" / f"{self.sites[job.site].name}.log"),
                 "ledger": str(run / "ledgers" / self.sites[job.site].name),
                 "steps": str(job.steps),
+                **({"again": "yes"} if again else {}),
             }
             for name, job in jobs.items()
         }
@@ -563,6 +541,11 @@ class Run:
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),
+            memory=summarise.memory_facts(
+                self.plan,
+                self.seats.peaks() if self.seats else {},
+                self.placed.finds if self.placed else MemoryFinds(),
+            ),
         )
 
     def _ledgers(self) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from rich.text import Text
 from common.config.manifest import LOWER_IS_BETTER
 from common.progress import (
     BaselineFinished,
+    BatchHalved,
     Event,
     PhaseStarted,
     RoundFinished,
@@ -33,6 +34,8 @@ from common.progress import (
     RunStopped,
     SiteFailed,
     SiteFinished,
+    SlotClosed,
+    WorkersPlanned,
 )
 from simulations.summary import RunSummary
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
@@ -83,7 +86,7 @@ class LiveView:
 
 
 def print_table(summary: RunSummary, console: Console) -> None:
-    """Print the comparison on the test set, best values marked, rejected rounds, and the sites that sat rounds out."""
+    """Print the comparison on the test set, best values marked, rejected rounds, absent sites, and want of memory."""
     if not summary.table:
         _print_plain(console, "No figures on the test set.")
     elif not _can_draw(console):
@@ -93,7 +96,7 @@ def print_table(summary: RunSummary, console: Console) -> None:
         table = _wide_table(summary)
         fits = Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width
         console.print(table if fits else _stacked_table(summary))
-    for line in [*_rejections(summary), *_absences(summary)]:
+    for line in [*_rejections(summary), *_absences(summary), *_shortages(summary)]:
         _print_plain(console, line)
 
 
@@ -127,10 +130,13 @@ class _Run:
     rejected: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     measured: str = ""
+    plan: tuple[str, ...] = ()
+    short: list[str] = field(default_factory=list)
     stopped: RunStopped | None = None
 
     def apply(self, event: Event) -> None:
         """Take in what `event` says."""
+        self._look_at_memory(event)
         match event:
             case RunStarted():
                 self.federation, self.run_id, self.total = event.federation, event.run_id, event.rounds
@@ -174,6 +180,15 @@ class _Run:
         # A round that takes longer than the others counts as about to end, not as less than nothing.
         return max(0.0, one - elapsed) + one * (self.total - self.done - 1)
 
+    def _look_at_memory(self, event: Event) -> None:
+        match event:
+            case WorkersPlanned():
+                self.plan = event.plan
+            case BatchHalved():
+                self.short.append(f"memory: {event.site} computes on {event.after} records at once, not {event.before}")
+            case SlotClosed():
+                self.short.append(f"memory: at most {_plural(event.left, 'worker')} at once on {event.device}")
+
     def _site(self, name: str) -> _Site:
         return self.sites.setdefault(name, _Site())
 
@@ -208,6 +223,10 @@ def _line(event: Event, run: _Run) -> str | None:
             parts = [f"phase {event.phase}"]
         case SiteFailed():
             parts = [f"round {event.round}/{run.total}", f"{event.site} sat out: {event.code}"]
+        case WorkersPlanned():
+            parts = [f"{_plural(event.workers, 'worker')}", *event.plan]
+        case BatchHalved() | SlotClosed():
+            parts = [f"round {event.round}/{run.total}", run.short[-1]]
         case RoundFinished():
             parts = _round_parts(event, run)
         case RoundRejected():
@@ -259,6 +278,10 @@ def _picture(run: _Run, console: Console) -> RenderableType:
         parts.append(_site_table(run, room - rows, narrow))
     if rounds:
         parts.append(_round_table(run, rounds, rows, narrow))
+    if run.short:
+        parts.append(_one_line(run.short[-1], "yellow"))
+    if run.plan and not rounds:
+        parts.append(_one_line("; ".join(run.plan), "dim"))
     if run.measured:
         parts.append(_one_line(f"test set: {run.measured} measured"))
     return Group(*parts)
@@ -415,6 +438,25 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _rejections(summary: RunSummary) -> list[str]:
     return [f"round {facts.round} was rejected: {facts.rejected}" for facts in summary.rounds if facts.rejected]
+
+
+def _shortages(summary: RunSummary) -> list[str]:
+    """What running out of memory led to; nothing where it did not."""
+    memory = summary.memory
+    if memory is None:
+        return []
+    return [
+        *(
+            f"memory ran out for {each.site} in round {each.round}: {each.after} records at once instead of"
+            f" {each.before}, same results"
+            for each in memory.halvings
+        ),
+        *(
+            f"memory ran out for {each.site} in round {each.round} again: at most {_plural(each.left, 'worker')} at"
+            f" once on {each.device} from then on"
+            for each in memory.closed_slots
+        ),
+    ]
 
 
 def _absences(summary: RunSummary) -> list[str]:

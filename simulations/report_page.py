@@ -266,6 +266,9 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <section id="cost" aria-labelledby="cost-title">
 <h2 id="cost-title">Traffic and time</h2>
 <p>{{ bytes_up | size }} went up from the sites and {{ bytes_down | size }} down to them. The run took {{ summary.timing.total | duration }}.</p>
+{% if summary.memory and (summary.memory.halvings or summary.memory.closed_slots) %}
+<p class="callout" role="note">Memory ran out. A step that it ran out in was computed again over the same records, fewer at once: batch, noise and what was charged for it stayed the same. {% for each in summary.memory.halvings %}Round {{ each.round }}, {{ each.site }}: {{ each.after | count }} records at once instead of {{ each.before | count }}. {% endfor %}{% for each in summary.memory.closed_slots %}Round {{ each.round }}, {{ each.site }}: memory ran out again; at most {{ each.left | count }} {{ "worker" if each.left == 1 else "workers" }} at once on {{ each.device }} from then on. {% endfor %}</p>
+{% endif %}
 <div class="plots">
 {{ drawing(plots.traffic, "Bytes of encoded messages in each round, all sites together.", "No round was finished.") }}
 {{ drawing(plots.time, "Wall time by part of the run. Training is the time of each round's slowest site; waiting is the rest of the rounds: sending, combining, measuring, and sites that take turns on the same cores.", "No time was measured.") }}
@@ -333,6 +336,14 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <dt>precision</dt><dd>{{ summary.model.precision }}</dd>
 <dt>machine</dt><dd>{{ summary.machine.cores }} cores, {{ "%.1f" | format(summary.machine.memory_gib) }} GiB of memory, {{ summary.machine.devices | join(", ") or "no accelerator" }}</dd>
 <dt>workers</dt><dd>{{ summary.machine.workers }}, each with {{ summary.machine.threads_per_worker }} threads</dd>
+{% if summary.memory %}
+{% for device in summary.memory.devices %}
+<dt>memory</dt><dd>{{ device.name }}{{ " (emulated: its workers computed on the CPU)" if device.emulated }}: {{ device.workers | count }} {{ "worker" if device.workers == 1 else "workers" }}, {{ device.records | count }} records at once; {{ device.planned | size }} planned for each ({{ "measured before the run" if summary.memory.measured else "by formula" }}){% if device.used is not none %}, {{ device.used | size }} used at most{% endif %}; {{ device.free | size }} were free</dd>
+{% endfor %}
+{% for note in summary.memory.notes %}
+<dt>note</dt><dd>{{ note }}</dd>
+{% endfor %}
+{% endif %}
 <dt>software</dt><dd>Python {{ summary.machine.python }}, torch {{ summary.machine.torch }}</dd>
 <dt>manifest, SHA-256</dt><dd><code>{{ summary.manifest_sha256 }}</code></dd>
 </dl>

@@ -17,15 +17,21 @@ from common.codec.packing import Lanes, bits_for
 from common.config.manifest import Manifest
 from common.metrics import better, figures
 from common.privacy.accounting import Steps, prv_epsilon, rdp_epsilon
-from common.progress import SumOpened
+from common.progress import SumOpened, WorkersPlanned
 from common.secure_sum.thresholds import least_survivors, threshold
 from server.coordinator import Coordinator, StoredRound
+from simulations.placing import MemoryFinds
 from simulations.sites import FederationData, label_counts
+from simulations.slots import Plan
 from simulations.summary import (
     CleaningFacts,
+    ClosedSlot,
     DataFacts,
+    DeviceFacts,
     Failure,
+    Halving,
     MachineFacts,
+    MemoryFacts,
     PrivacyFacts,
     RoundFacts,
     RunSummary,
@@ -41,7 +47,9 @@ __all__ = [
     "data_facts",
     "failures",
     "machine_facts",
+    "memory_facts",
     "overfitting",
+    "planned",
     "privacy_facts",
     "round_facts",
     "secure_sum_facts",
@@ -267,4 +275,36 @@ def machine_facts(workers: int, threads: int) -> MachineFacts:
         threads_per_worker=threads,
         python=platform.python_version(),
         torch=torch.__version__,
+    )
+
+
+def planned(plan: Plan) -> WorkersPlanned:
+    """The plan as an event."""
+    return WorkersPlanned(workers=plan.workers, plan=tuple(plan.lines()))
+
+
+def memory_facts(plan: Plan, peaks: Mapping[int, int], finds: MemoryFinds) -> MemoryFacts:
+    """What was planned on each device that got a worker, and what came of it; `peaks` by the device's place."""
+    records = {slot.device: slot.records for slot in plan.slots}
+    return MemoryFacts(
+        measured=plan.footprint.measured,
+        devices=[
+            DeviceFacts(
+                name=plan.devices[device].name,
+                emulated=plan.devices[device].emulated,
+                free=plan.devices[device].memory,
+                workers=plan.on(device),
+                records=count,
+                planned=plan.footprint.at(count),
+                used=peaks.get(device),
+            )
+            for device, count in sorted(records.items())
+        ],
+        notes=list(plan.notes),
+        halvings=[
+            Halving(round=each.round, site=each.site, before=each.before, after=each.after) for each in finds.halved
+        ],
+        closed_slots=[
+            ClosedSlot(round=each.round, site=each.site, device=each.device, left=each.left) for each in finds.closed
+        ],
     )

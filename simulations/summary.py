@@ -11,9 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "BaseModelFacts",
     "CleaningFacts",
+    "ClosedSlot",
     "DataFacts",
+    "DeviceFacts",
     "Failure",
+    "Halving",
     "MachineFacts",
+    "MemoryFacts",
     "PrivacyFacts",
     "RoundFacts",
     "RunSummary",
@@ -149,6 +153,46 @@ class MachineFacts(Facts):
     torch: str
 
 
+class DeviceFacts(Facts):
+    """A device and what was planned on it, in bytes."""
+
+    name: str
+    emulated: bool = Field(description="true: a name and a number for trying a plan; its workers computed on the CPU")
+    free: int = Field(description="memory that was free before the run")
+    workers: int
+    records: int = Field(description="records that a worker computed on at once, by the plan")
+    planned: int = Field(description="planned peak of one worker")
+    used: int | None = Field(description="largest peak of a worker; null: none told")
+
+
+class Halving(Facts):
+    """Memory ran out in a step, which was computed again with half of the records at once."""
+
+    round: int
+    site: str
+    before: int
+    after: int
+
+
+class ClosedSlot(Facts):
+    """Memory ran out with the halved batch too, and fewer workers computed on the device at once from then on."""
+
+    round: int
+    site: str
+    device: str
+    left: int
+
+
+class MemoryFacts(Facts):
+    """Where the workers computed, and what happened to memory. Neither changes a result but by rounding."""
+
+    measured: bool = Field(description="whether a worker's footprint was measured before the run, or is by formula")
+    devices: list[DeviceFacts]
+    notes: list[str] = Field(description="what the plan left out or warns of")
+    halvings: list[Halving]
+    closed_slots: list[ClosedSlot]
+
+
 class SitePrivacy(Facts):
     """What one site's units have paid for in this run, by the site's ledger."""
 
@@ -224,4 +268,5 @@ class RunSummary(Facts):
     overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")
     timing: Timing
     machine: MachineFacts
+    memory: MemoryFacts | None = Field(None, description="null: a run from before memory was planned")
     seeds: int = Field(1, description="number of seeds behind the figures")

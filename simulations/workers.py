@@ -14,13 +14,16 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["end_workers", "start_workers", "worker_begins", "worker_starts"]
+__all__ = ["SLOTS", "end_workers", "start_workers", "worker_begins", "worker_starts"]
 
 # Environment variable with `sys.path` of the process that started the workers, as JSON.
 PATH = "COADAPT_PATH"
 
 # Environment variable with the folder of the simulated sites whose base a worker loads when it starts; may be missing.
 SITES = "COADAPT_SITES"
+
+# Environment variable with the folder of the plan's slots (`simulations/seats.py`).
+SLOTS = "COADAPT_SLOTS"
 
 # Of "ray::ClientAppActor.run()" Linux keeps fifteen characters as the process's name.
 NAME = "ray::ClientAppA"
@@ -29,11 +32,11 @@ NAME = "ray::ClientAppA"
 PATIENCE = 5.0
 
 
-def start_workers(count: int, *, preload: Path | None) -> None:
+def start_workers(count: int, *, preload: Path) -> None:
     """Start Ray for `count` workers on this machine, before Flower would; where Ray runs already it is left as it is.
 
-    Each loads the base for the sites in the folder `preload` at once, while Flower starts; None leaves that to its
-    first call, as it must be where a worker is told only then which GPU is its own.
+    Each takes a slot of the plan in the folder `preload` and loads the base for the sites there at once, while Flower
+    starts.
 
     Ray takes SIGTERM over and ends the process on it in the middle of things; the handlers from before are put back.
     """
@@ -49,7 +52,12 @@ def start_workers(count: int, *, preload: Path | None) -> None:
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={
-            "env_vars": {PATH: json.dumps(sys.path)} | ({SITES: str(preload)} if preload else {}),
+            "env_vars": {
+                PATH: json.dumps(sys.path),
+                SITES: str(preload),
+                SLOTS: str(preload / "slots"),
+                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray hides the GPU that a slot gave
+            },
             "worker_process_setup_hook": "simulations.workers.worker_starts",
         },
     )
@@ -61,10 +69,12 @@ def start_workers(count: int, *, preload: Path | None) -> None:
 def worker_starts() -> None:
     """Ray calls this first in a new worker: what it needs is imported from where we lie, the base loaded."""
     from simulations import app
+    from simulations.seats import take_seat
 
     sites = os.environ.get(SITES)
     if sites is not None:
         with contextlib.suppress(Exception):  # the first call will meet it again, and can say so
+            take_seat(patience=0.0)
             app.preload(Path(sites))
 
 

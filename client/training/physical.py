@@ -108,7 +108,7 @@ def roomy(section: TrainingSection) -> _OneTraining:
 def release() -> None:
     """Give memory that nothing holds any more back to the device."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

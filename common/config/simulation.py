@@ -42,6 +42,12 @@ class SimulationSection(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="processes that train sites at the same time; auto: one per core, as memory allows"
     )
+    gpus: Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        "auto", description="GPUs to compute on: auto (all), their number (0: the CPU), or a list of their indices"
+    )
+    slots_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="workers on each GPU; auto: as many as its memory holds"
+    )
     baselines: bool = Field(False, description="also train each site alone, and all records in one place")
     compare: tuple[str, ...] = Field(
         (),
@@ -62,6 +68,8 @@ class SimulationSection(Section):
             raise ValueError(f"ranks must be one for each of the {count} sites, found {len(self.ranks)}")
         if not isinstance(self.sites, int) and len(set(self.sites)) != count:
             raise ValueError("sites must have different names")
+        if isinstance(self.gpus, tuple) and (not self.gpus or len(set(self.gpus)) != len(self.gpus)):
+            raise ValueError(f"gpus must be different indices, at least one, found {list(self.gpus)}")
         known = ("natural", "iid", "dirichlet", "quantity")
         if self.partitioner not in known and ":" not in self.partitioner:
             raise ValueError(

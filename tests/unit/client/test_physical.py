@@ -95,7 +95,7 @@ def test_the_halved_training_is_the_same_training(calm: Manifest, private: bool,
     with within(room):
         halved = trained(ready, calm, scarce, private=private)
     assert len(scarce.failed) == 1  # the trainings after it begin with the half
-    assert room.halvings == [Halving(8, 4)] and room.records == 4
+    assert (room.halvings, room.records) == ([Halving(8, 4)], 4)
     # Adam divides by the gradient's size, so rounding of tiny gradients shows in steps of the learning rate, 1e-3.
     assert differ(enough, halved) < 2e-5
     if private:  # the comparison can tell: other noise gives another adapter
@@ -156,8 +156,8 @@ def test_another_error_is_no_lack_of_memory(calm: Manifest) -> None:
     with within(room), pytest.raises(RuntimeError, match="shapes"):
         trained(ready, calm, Broken(ready.task, 1), private=False)
     assert not room.halvings
-    assert is_out_of_memory(torch.OutOfMemoryError()) and is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(ValueError("DefaultCPUAllocator")) and not is_out_of_memory(RuntimeError(3))
+    assert all(map(is_out_of_memory, (torch.OutOfMemoryError(), MemoryError())))
+    assert not any(map(is_out_of_memory, (ValueError("DefaultCPUAllocator"), RuntimeError(3))))
 
 
 def test_a_room_never_computes_on_more_than_the_manifest_says(calm: Manifest) -> None:
