@@ -28,7 +28,7 @@ MAY_IMPORT_FLOWER = {
     "client/launcher.py",
     "client/node.py",
     "server/superlink.py",
-    "simulations/engine.py",
+    "simulations/starting.py",
 }
 MAY_DRAW_TORCH_NUMBERS = {"common/randomness.py", "simulations/benchmarks/plain_flower.py"}
 
