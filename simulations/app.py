@@ -13,13 +13,14 @@ import torch
 
 from client.ledger import Ledger
 from client.protection import Population
-from client.relay import failure, relay
+from client.relay import failure
 from client.resident import resident
 from client.vault import Vault, note
 from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
 from simulations.baselines import train_alone
+from simulations.site_states import load_state, save_state
 from simulations.workers import worker_begins
 
 __all__ = ["THREADS", "client", "preload", "server"]
@@ -41,7 +42,9 @@ def answer(message: Message, context: Context) -> Message:
     notes = _notes(message)
     try:
         vault = _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"])
-        return relay(message, context, vault, state_name=f"site of {notes['folder']}")
+        reply, state = vault.answer(unpack(message.content), load_state(Path(notes["folder"])))
+        save_state(Path(notes["folder"]), state)
+        return Message(pack(reply), reply_to=message)
     except Exception as error:
         note(Path(notes["log"]), error)
         return failure(message, error)

@@ -76,6 +76,9 @@ WORKER_BYTES = 1_500_000_000
 # How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
 NODES_SECONDS = 30.0
 
+# Flower looks ten times a second for the next message to a node, so that a worker needs several nodes to be kept busy.
+NODES_PER_WORKER = 16
+
 # Folder of the second federation in that of the run.
 COMPARED = "compared"
 
@@ -221,7 +224,7 @@ def start_flower(run: "Run", client: ClientApp) -> None:
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
     try:
         start_workers(plan.workers, preload=None if plan.gpu_share else run.root)
-        run_simulation(server, client, len(run.data.train), backend_config={"client_resources": resources})
+        run_simulation(server, client, run.nodes, backend_config={"client_resources": resources})
     except Exception as error:
         if run.failure is None:
             run.failure = error if isinstance(error, CoadaptError) else _engine_failed(error)
@@ -425,7 +428,7 @@ class Run:
         )
 
     def _channel(self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None) -> FlowerChannel:
-        """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is."""
+        """Jobs by name on Flower's nodes, so many at once: in a simulation only a job's notes tell who a node is."""
         nodes = self._nodes(grid)
         run = self.store.folder.resolve()
         notes = {
@@ -438,17 +441,24 @@ class Run:
             }
             for name, job in jobs.items()
         }
-        spread = {name: nodes[index % len(nodes)] for index, name in enumerate(jobs)}
-        return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight, poll_seconds=POLL_SECONDS)
+        most = in_flight or len(nodes)
+        return FlowerChannel(grid, nodes, stop=self.stop, notes=notes, in_flight=most, poll_seconds=POLL_SECONDS)
+
+    @property
+    def nodes(self) -> int:
+        """Flower nodes, each of which plays one site at a time. Requests to more would only lie in the memory."""
+        invited = self.manifest.training.invited(len(self.data.train))
+        own = min(invited, NODES_PER_WORKER * self.plan.workers)
+        return own if self.compared is None else max(own, self.compared.nodes)
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Flower's nodes. It starts the rounds before it has made them all, so they are waited for."""
         deadline = time.monotonic() + NODES_SECONDS
-        while len(nodes := sorted(grid.get_node_ids())) < len(self.data.train):
+        while len(nodes := sorted(grid.get_node_ids())) < self.nodes:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"{len(self.data.train)} sites need as many Flower nodes, found {len(nodes)};"
-                    f" start with --federation-config num-supernodes={len(self.data.train)}"
+                    f"the run needs {self.nodes} Flower nodes, found {len(nodes)};"
+                    f" start with --federation-config num-supernodes={self.nodes}"
                 )
             if self.stop.wait(0.02):
                 raise Interrupted
