@@ -294,11 +294,26 @@ def bench(
         list[int] | None, typer.Option(min=1, help="Length of the vector in secure-sum; may be given more than once.")
     ] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, help="Turns, of which medians are taken.")] = None,
+    participants: Annotated[
+        int | None, typer.Option(min=1, help="Sites in a round of the simulation; default: all.")
+    ] = None,
+    local_steps: Annotated[int, typer.Option(min=1, help="Training steps of a site in a round of the simulation.")] = 1,
+    base: Annotated[str, typer.Option(help="Base of the simulation: default or tiny.")] = "default",
 ) -> None:
     """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
     from simulations.benchmarks.bench import print_bench
 
-    print_bench(name, as_json=as_json, sites=sites or (), rounds=rounds, values=values or (), repetitions=repetitions)
+    print_bench(
+        name,
+        as_json=as_json,
+        sites=sites or (),
+        rounds=rounds,
+        values=values or (),
+        repetitions=repetitions,
+        participants=participants,
+        local_steps=local_steps,
+        base=base,
+    )
 
 
 @bundle.callback(invoke_without_command=True)

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,7 +223,8 @@ def start_flower(run: "Run", client: ClientApp) -> None:
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
     try:
-        start_workers(plan.workers, preload=None if plan.gpu_share else run.root)
+        preload, address = None if plan.gpu_share else run.root, simulation_of(run.manifest).ray_address
+        run.plan = replace(plan, workers=start_workers(plan.workers, preload=preload, address=address))
         run_simulation(server, client, run.nodes, backend_config={"client_resources": resources})
     except Exception as error:
         if run.failure is None:
@@ -468,7 +469,8 @@ class Run:
         """All records in one place, and every site alone; the longest training is sent off first."""
         self.report(PhaseStarted(phase="baselines"))
         own = self.manifest.training.rounds * self.manifest.training.local_steps
-        jobs = {"centralised": _Job(POOLED, own * len(self.data.train), self.first)}
+        invited = self.manifest.training.invited(len(self.data.train))
+        jobs = {"centralised": _Job(POOLED, own * invited, self.first)}
         jobs |= {f"local:{site}": _Job(site, own, self.first) for site in self.data.train}
         self._measure_on_test(grid, jobs)
 
@@ -569,7 +571,9 @@ class Run:
             compared=ComparedFacts(run=other.run_id, settings=self.settings, privacy=other.privacy) if other else None,
             failures=summarise.failures(done),
             privacy=summarise.privacy_facts(manifest, populations(manifest, self.data), self._ledgers()),
-            secure_sum=summarise.secure_sum_facts(manifest, len(self.data.train), self.opened),
+            secure_sum=summarise.secure_sum_facts(
+                manifest, manifest.training.invited(len(self.data.train)), self.opened
+            ),
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),

@@ -5,6 +5,7 @@ sites and labels are other people's text, so the template escapes everything tha
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ SHARES = frozenset({"accuracy", "macro_f1", "entity_f1", "entity_precision", "en
 
 # Longer tables would make a page that no one reads; summary.json has every line.
 MOST_ROWS = 200
+
+# With more sites than this the tables of sites show so many as someone may look into.
+MOST_SITES, LOOKED_INTO = 50, 20
 
 
 def write_report(summary: RunSummary, path: Path) -> None:
@@ -147,6 +151,7 @@ def _share(part: float, whole: float) -> str:
 def _view(summary: RunSummary) -> dict[str, Any]:
     """What the template reads."""
     chooser = summary.metrics[0] if summary.metrics else "loss"
+    shown = _looked_into(summary.sites, chooser, summary.selected_round)
     return {
         "summary": summary,
         "result": main_result(summary),
@@ -157,7 +162,9 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "chooser": chooser,
         "lower_is_better": LOWER_IS_BETTER,
         "table": _table(summary),
-        "sites": [_site(site, summary.selected_round) for site in summary.sites],
+        "sites": [_site(site, summary.selected_round) for site in shown],
+        "site_names": {site.name for site in shown},
+        "left_out": _left_out(len(shown), len(summary.sites), chooser),
         "local_known": any(site.local_only for site in summary.sites),
         "plots": _plots(summary, chooser),
         "rounds": summary.rounds[:MOST_ROWS],
@@ -179,6 +186,31 @@ def _table(summary: RunSummary) -> list[dict[str, Any]]:
 
 def _cells(place: int, row: TableRow, best: dict[str, set[int]]) -> list[tuple[str, bool]]:
     return [(figure_text(row.figures.get(metric)), place in places) for metric, places in best.items()]
+
+
+def _looked_into(sites: Sequence[SiteFacts], metric: str, selected: int) -> list[SiteFacts]:
+    """All sites, or of very many those that someone may look into: the slowest ones, and the worst by the metric."""
+    if len(sites) <= MOST_SITES:
+        return list(sites)
+
+    def badness(site: SiteFacts) -> float:
+        value = (plots.site_validation(site, selected) or {}).get(metric, math.nan)
+        return -math.inf if math.isnan(value) else value if metric in LOWER_IS_BETTER else -value
+
+    slowest = sorted(sites, key=lambda site: site.seconds, reverse=True)[: LOOKED_INTO // 2]
+    names = {site.name for site in slowest}
+    others = sorted((site for site in sites if site.name not in names), key=badness, reverse=True)
+    names |= {site.name for site in others[: LOOKED_INTO - len(names)]}
+    return [site for site in sites if site.name in names]
+
+
+def _left_out(shown: int, sites: int, metric: str) -> str:
+    if shown == sites:
+        return ""
+    return (
+        f"Shown are {shown} of {sites} sites, the slowest and those with the worst {metric_title(metric)};"
+        f" summary.json has the other {sites - shown} too."
+    )
 
 
 def _site(site: SiteFacts, selected: int) -> dict[str, Any]:

@@ -78,7 +78,9 @@ class SiteFacts(Facts):
     held_out: int
     units: int
     labels: dict[str, int]
-    train_loss: list[float | None] = Field(description="mean loss of each round from round 1; null where it sat out")
+    train_loss: list[float | None] = Field(
+        description="mean loss of each round from round 1; null where it sat out, or was not invited"
+    )
     validation: list[Figures | None] = Field(
         description="figures of each round's adapter on the site's held-out records, from round 0; null: unknown"
     )
@@ -183,7 +185,7 @@ class ComparedFacts(Facts):
 class SecureSumFacts(Facts):
     """What the coordinator could learn, and over whom the sums were."""
 
-    sites: int = Field(description="sites of the federation")
+    sites: int = Field(description="sites that a round invites: all, or training.participants")
     least_survivors: int = Field(description="fewest sites in a sum; with fewer nothing is opened")
     threshold: int = Field(description="sites that must sign one list of survivors before anything is revealed")
     max_colluding: int = Field(description="so many sites may work together with the coordinator")

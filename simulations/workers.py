@@ -22,6 +22,9 @@ PATH = "COADAPT_PATH"
 # Environment variable with the folder of the simulated sites whose base a worker loads when it starts; may be missing.
 SITES = "COADAPT_SITES"
 
+# Environment variables with the number of threads of a worker.
+THREADS = ("COADAPT_THREADS", "OMP_NUM_THREADS")
+
 # Of "ray::ClientAppActor.run()" Linux keeps fifteen characters as the process's name.
 NAME = "ray::ClientAppA"
 
@@ -29,8 +32,9 @@ NAME = "ray::ClientAppA"
 PATIENCE = 5.0
 
 
-def start_workers(count: int, *, preload: Path | None) -> None:
+def start_workers(count: int, *, preload: Path | None, address: str | None = None) -> int:
     """Start Ray for `count` workers on this machine, before Flower would; where Ray runs already it is left as it is.
+    With the `address` of a cluster that one is used, and has as many workers as it has processors. Returns how many.
 
     Each loads the base for the sites in the folder `preload` at once, while Flower starts; None leaves that to its
     first call, as it must be where a worker is told only then which GPU is its own.
@@ -40,22 +44,28 @@ def start_workers(count: int, *, preload: Path | None) -> None:
     import ray  # late: it takes a second
 
     if ray.is_initialized():
-        return
+        return count
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
-        address="local",
-        num_cpus=count,
+        address=address or "local",
+        num_cpus=None if address else count,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={
-            "env_vars": {PATH: json.dumps(sys.path)} | ({SITES: str(preload)} if preload else {}),
+            # A cluster's machines do not have this process's environment.
+            "env_vars": {PATH: json.dumps(sys.path), **_threads()} | ({SITES: str(preload)} if preload else {}),
             "worker_process_setup_hook": "simulations.workers.worker_starts",
         },
     )
     if threading.current_thread() is threading.main_thread():
         for number, handler in ours.items():
             signal.signal(number, handler)
+    return max(1, int(ray.cluster_resources().get("CPU", 1))) if address else count
+
+
+def _threads() -> dict[str, str]:
+    return {name: os.environ[name] for name in THREADS if name in os.environ}
 
 
 def worker_starts() -> None:

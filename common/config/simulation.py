@@ -42,6 +42,12 @@ class SimulationSection(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="processes that train sites at the same time; auto: one per core, as memory allows"
     )
+    ray_address: str | None = Field(
+        None,
+        min_length=1,
+        description="address of a running Ray cluster, HOST:PORT; its machines need this Coadapt, the base, and"
+        " this machine's temporary folder and runs under the same paths; none: Ray is started here for the run",
+    )
     baselines: bool = Field(False, description="also train each site alone, and all records in one place")
     compare: tuple[str, ...] = Field(
         (),
