@@ -15,7 +15,7 @@ from common.config.manifest import LOWER_IS_BETTER
 from common.durable import write_text
 from simulations import plots
 from simulations.report_page import PAGE
-from simulations.summary import ComparedFacts, RunSummary, SiteFacts, TableRow
+from simulations.summary import ComparedFacts, RunSummary, SiteFacts, SitePrivacy, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
 __all__ = ["main_result", "privacy_result", "render", "secure_sum_result", "utility_result", "write_report"]
@@ -163,7 +163,7 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "lower_is_better": LOWER_IS_BETTER,
         "table": _table(summary),
         "sites": [_site(site, summary.selected_round) for site in shown],
-        "site_names": {site.name for site in shown},
+        "private_sites": _of_shown(summary, shown),
         "left_out": _left_out(len(shown), len(summary.sites), chooser),
         "local_known": any(site.local_only for site in summary.sites),
         "plots": _plots(summary, chooser),
@@ -202,6 +202,12 @@ def _looked_into(sites: Sequence[SiteFacts], metric: str, selected: int) -> list
     others = sorted((site for site in sites if site.name not in names), key=badness, reverse=True)
     names |= {site.name for site in others[: LOOKED_INTO - len(names)]}
     return [site for site in sites if site.name in names]
+
+
+def _of_shown(summary: RunSummary, shown: Sequence[SiteFacts]) -> list[SitePrivacy]:
+    """The privacy of the sites that are shown."""
+    sites, names = summary.privacy.sites if summary.privacy else [], {site.name for site in shown}
+    return sites if len(shown) == len(summary.sites) else [site for site in sites if site.name in names]
 
 
 def _left_out(shown: int, sites: int, metric: str) -> str:

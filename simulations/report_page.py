@@ -202,7 +202,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <table>
 <thead><tr><th scope="col">site</th><th scope="col">published units</th><th scope="col">epsilon</th><th scope="col">epsilon, tighter bound</th><th scope="col">noise over clip</th><th scope="col">sampling rate</th><th scope="col">steps charged</th></tr></thead>
 <tbody>
-{% for site in summary.privacy.sites if site.name in site_names %}
+{% for site in private_sites %}
 <tr><th scope="row">{{ site.name }}</th><td>{{ site.units | count }}</td><td>{{ site.epsilon | figure }}</td><td>{{ site.epsilon_prv | figure }}</td><td>{{ site.noise_multiplier | figure }}</td><td>{{ site.sampling_rate | figure }}</td><td>{{ site.steps | count }}</td></tr>
 {% endfor %}
 </tbody>
