@@ -81,7 +81,9 @@ def save_model(folder: Path, model: DomainModel, facts: Mapping[str, Any]) -> No
     with new_folder(folder) as part:
         cast(Any, body.config).save_pretrained(part)
         save_file(_own_tensors(body), part / "model.safetensors", metadata={"format": "pt"})
-        written: dict[str, Any] = {"format": 1, "manifest": model.manifest.model_dump(mode="json")}
+        # Who played which site on one machine is no fact of the model.
+        manifest = model.manifest.model_copy(update={"simulation": None})
+        written: dict[str, Any] = {"format": 1, "manifest": manifest.model_dump(mode="json")}
         if isinstance(network, PooledClassifier):
             save_file(_own_tensors(network.head), part / "head.safetensors", metadata={"format": "pt"})
             written["pooling"] = network.pooling

@@ -167,7 +167,7 @@ def test_the_command_itself_ends_in_one_line(
     head = f"version = 1\nname = 'x'\nmodel.base = '{encoder}'\n"
     task = "[task]\nkind = 'text-classification'\nlabels = ['a', 'b']\n"
     (world.folder / "federation.toml").write_text(head + task + table)
-    ended = wait_for(world.start("simulate", "federation.toml"), world.folder / "runs" / "none", seconds=60)
+    ended = wait_for(world.start("simulate", "federation.toml"), world.folder / "runs" / "none")
     assert ended.rc == status
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1
