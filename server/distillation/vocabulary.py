@@ -63,10 +63,11 @@ def trim(
     """The tokenizer with the `pieces` pieces that occur most in `texts`, those counted that every text needs.
 
     None: as many as cover the share `coverage` of the tokens of held-out texts, at least `least` of which the texts use
-    (or all of them), and at most `most` together; up to `fill` the tokenizer's first pieces join them, which are those of
-    text in general, for words of the domain that the corpus is too small to hold. Pieces of the texts `keep` stay. Text whose pieces all stay is cut as
-    before; other text is cut into smaller pieces, never into unknown ones where it had none. characters="seen" gives
-    the last up for characters beyond ASCII that `texts` lack (BERT's vocabulary has over a thousand).
+    (or all of them), and at most `most` together; up to `fill` the tokenizer's first pieces join them, which are those
+    of text in general, for words of the domain that the corpus is too small to hold. Pieces of the texts `keep` stay.
+    Text whose pieces all stay is cut as before; other text is cut into smaller pieces, never into unknown ones where it
+    had none. characters="seen" gives the last up for characters beyond ASCII that `texts` lack (BERT's vocabulary has
+    over a thousand).
 
     Two passes: what is left out falls apart into smaller pieces, and these are counted too before the last choice.
 
