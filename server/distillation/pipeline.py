@@ -22,8 +22,8 @@ from server.distillation.domain_model import DomainModel
 from server.distillation.exports import Exported, export
 from server.distillation.fresh_tokenizer import train_tokenizer
 from server.distillation.measuring import Measured, agreement, figures_of, predictions_of
-from server.distillation.narrow_words import can_narrow, narrow_words
-from server.distillation.planning import LEAST_PIECES, SIZES, most_pieces, narrow_rank
+from server.distillation.narrow_words import narrow_words
+from server.distillation.planning import LEAST_PIECES, SIZES, general_pieces, most_pieces, narrow_rank
 from server.distillation.pruning import head_and_column_importance, prune
 from server.distillation.student import from_scratch, keep_layers, keep_positions, shape_for
 from server.distillation.term_search import find_terms
@@ -201,7 +201,7 @@ def _trim(work: _Work) -> None:
         coverage=settings.coverage,
         least=min(LEAST_PIECES, most),
         most=most,
-        fill=min(LEAST_PIECES, most) if can_narrow(work.student.network) else 0,
+        fill=general_pieces(work.teacher, work.ratio),
         characters="seen",
     )
     found = measure_coverage(work.student.tokenizer, trimmed.tokenizer, texts_in(work.data.corpus.held_out))

@@ -6,7 +6,7 @@ from server.distillation.domain_model import DomainModel
 from server.distillation.embedding_rows import embedding_of, output_head_of
 from server.distillation.narrow_words import can_narrow
 
-__all__ = ["LEAST_PIECES", "MOST_PIECES", "SIZES", "most_pieces", "narrow_rank"]
+__all__ = ["LEAST_PIECES", "MOST_PIECES", "SIZES", "general_pieces", "most_pieces", "narrow_rank"]
 
 LEAST_PIECES, MOST_PIECES = 5000, 8000
 
@@ -31,14 +31,25 @@ def most_pieces(model: DomainModel, ratio: Fraction) -> int:
     A row for each piece, and a second one where the output head is a matrix of its own. Where words can be narrow, a
     row counts LEAST_RANK parameters.
     """
+    return max(FEWEST_PIECES, min(MOST_PIECES, _afforded(model, ratio)))
+
+
+def general_pieces(model: DomainModel, ratio: Fraction) -> int:
+    """Up to how many pieces the words of text in general fill a small corpus' vocabulary: 5,000 if they are afforded.
+
+    None in networks that write, where each has a row in the output head too, and layers would pay for it.
+    """
+    return min(LEAST_PIECES, _afforded(model, ratio)) if can_narrow(model.network) else 0
+
+
+def _afforded(model: DomainModel, ratio: Fraction) -> int:
     embedding, head = embedding_of(model.network), output_head_of(model.network)
     row = embedding.embedding_dim
     if head is not None and head.weight is not embedding.weight:
         row += head.in_features
     if can_narrow(model.network):
         row = min(row, LEAST_RANK)
-    afforded = int(WORDS_SHARE * ratio * model.parameters / row)
-    return max(FEWEST_PIECES, min(MOST_PIECES, afforded))
+    return int(WORDS_SHARE * ratio * model.parameters / row)
 
 
 def narrow_rank(model: DomainModel, ratio: Fraction, *, of: int) -> int | None:
