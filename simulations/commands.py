@@ -18,6 +18,7 @@ from server.assessment.commands import evaluate
 from server.commands import coordinator
 from server.distillation.export_command import export
 from server.distillation.vocabulary_commands import vocabulary
+from simulations.runs.command import runs as runs_commands
 from simulations.watch_command import watch
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ app.command()(export)
 app.command("compare")(compare_models)
 app.add_typer(vocabulary, name="vocabulary")
 app.command()(watch)
+app.add_typer(runs_commands, name="runs")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]
