@@ -3,7 +3,7 @@
 import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def settings(self) -> dict[str, str]:
+        """The same by dotted keys, values as JSON."""
+        return dict(_flat(self.manifest()))
+
     def summary(self) -> dict[str, Any]:
         """Its `summary.json`; empty where there is none that can be read."""
         try:
@@ -73,6 +77,14 @@ class RunFolder:
         known here: in the field it stands in the sites' own ledgers."""
         privacy = self.summary().get("privacy")
         return {site["name"]: site["epsilon"] for site in privacy["sites"]} if isinstance(privacy, dict) else {}
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", json.dumps(value, ensure_ascii=False, default=str)
 
 
 def find_run(name: Path, *, runs: Path = Path("runs")) -> RunFolder:
