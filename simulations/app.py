@@ -20,7 +20,7 @@ from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
 from simulations.baselines import train_alone
-from simulations.profiling import profiled
+from simulations.profiling import profiles
 from simulations.workers import worker_begins
 
 __all__ = ["THREADS", "client", "preload", "server"]
@@ -37,13 +37,13 @@ server = ServerApp()
 
 @client.train()
 @client.evaluate()
+@profiles
 def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
     notes = _notes(message)
     try:
         vault = _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"])
-        with profiled(notes["site"], Path(notes["folder"]), Path(notes["log"])):
-            return relay(message, context, vault, state_name=f"site of {notes['folder']}")
+        return relay(message, context, vault, state_name=f"site of {notes['folder']}")
     except Exception as error:
         note(Path(notes["log"]), error)
         return failure(message, error)

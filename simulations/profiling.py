@@ -6,10 +6,11 @@ no values and no text of records. What a profiler does takes time itself, so a p
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from client.site_log import note
 from client.ticks import heard
 from common.durable import new_folder, write_text
 from common.errors import CoadaptError
+from common.flower import Context, Message
 from simulations.summary import OperatorFacts, ProfileFacts
 
-__all__ = ["FOLDER", "profiled", "profiling", "read_profile"]
+__all__ = ["FOLDER", "profiled", "profiles", "profiling", "read_profile"]
+
+Answer = Callable[[Message, Context], Message]
 
 # Environment variable that tells the workers to do it.
 PROFILE = "COADAPT_PROFILE"
@@ -120,9 +124,25 @@ def profiled(site: str, folder: Path, log: Path) -> Iterator[None]:
         yield
         return
     recording = _Recording(log)
-    with heard(recording.step):
-        yield
-    recording.write(site, out)
+    try:
+        with heard(recording.step):
+            yield
+    finally:
+        recording.write(site, out)
+
+
+def profiles(answer: Answer) -> Answer:
+    """A worker's function that answers a message; where it is wanted, the first training in it is profiled."""
+
+    @functools.wraps(answer)
+    def wrapped(message: Message, context: Context) -> Message:
+        if not os.environ.get(PROFILE):
+            return answer(message, context)
+        notes = message.content.config_records["notes"]
+        with profiled(str(notes["site"]), Path(str(notes["folder"])), Path(str(notes["log"]))):
+            return answer(message, context)
+
+    return wrapped
 
 
 def read_profile(run: Path) -> ProfileFacts | None:

@@ -122,7 +122,7 @@ def profile_result(summary: RunSummary) -> str:
     if facts is None:
         return "No profile was written: the first site took no step, or its log in site-logs says why."
     named = [f"{each.words} ({each.name}) {each.share:.0%}" for each in facts.operators]
-    steps = "1 step" if facts.steps == 1 else f"{facts.steps} steps"
+    steps = "step" if facts.steps == 1 else f"{facts.steps} steps"
     return (
         f"The first {steps} of {facts.site} took {duration_text(facts.seconds)} on {facts.device}. Costliest:"
         f" {', '.join(named) or 'no operator'}. Trace: profile/trace.json, for ui.perfetto.dev or chrome://tracing."

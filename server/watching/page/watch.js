@@ -13,7 +13,7 @@ function newRun() {
     federation: "", rounds: 0, metrics: [], trainable: 0, phase: "", began: 0, lastTime: 0, round: 0, done: 0,
     sites: new Map(), losses: new Map(), seconds: new Map(), answered: new Map(), figures: new Map(), notes: new Map(),
     test: new Map(), phases: new Map(), openPhase: null, stages: new Map(), errors: [], stopped: null, up: 0, down: 0,
-    unread: 0, began_round: 0,
+    unread: 0, began_round: 0, plan: [],
   };
 }
 
@@ -98,6 +98,13 @@ const TAKE = {
   },
   round_validated(event) { run.figures.set(event.round, event.figures); },
   baseline_finished(event) { run.test.set(event.baseline, event.figures); },
+  workers_planned(event) { run.plan = [`${count(event.workers)} workers`, ...event.plan]; },
+  batch_halved(event) {
+    fail(event.round, event.site, "memory", `computes on ${event.after} records at once, not ${event.before}; the results are the same`);
+  },
+  slot_closed(event) {
+    fail(event.round, event.site, "memory", `at most ${event.left} workers at once on ${event.device}`);
+  },
   run_stopped(event) {
     closePhase(event.time);
     run.stopped = event;
@@ -301,6 +308,8 @@ function drawPhases() {
   fill("phases", ["phase", "time", "share"], [...times].map(([name, seconds]) => [
     goesOn && run.openPhase && run.openPhase[0] === name ? `${name} (now)` : name, duration(seconds), all ? `${((100 * seconds) / all).toFixed(0)} %` : "-",
   ]));
+  put("plan", run.plan.join("; "));
+  show("plan", run.plan.length > 0);
   show("stages-wide", run.stages.size > 0);
   fill("stages", ["stage", "mean", "longest", "in all"], [...run.stages].map(([name, [number, total, longest]]) => [
     name, duration(total / number), duration(longest), duration(total),
