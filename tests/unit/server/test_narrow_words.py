@@ -20,7 +20,7 @@ from server.distillation.exports import export
 from server.distillation.extend import extend
 from server.distillation.narrow_words import can_narrow, narrow_words
 from server.distillation.pieces import encode_all
-from server.distillation.planning import LEAST_RANK, RANK_STEP, WORDS_SHARE, narrow_rank
+from server.distillation.planning import LEAST_RANK, RANK, RANK_STEP, WIDE_SHARE, narrow_rank
 from tests.unit.server.test_student import KINDS, logits
 
 TEXTS = ["The tenant pays the rent.", "The audit of the tenant ends.", "force majeure ends the rent"] * 4
@@ -114,10 +114,10 @@ def test_narrow_words_take_their_share_and_no_more(pieces: int, whole: int, part
     ratio = Fraction(1, parts)
     rank = narrow_rank(DomainModel(network, None, None), ratio, of=whole)  # type: ignore[arg-type]
     if rank is None:
-        taken = pieces * 384
-        assert taken <= ratio * whole / 2 or (pieces + 384) * (384 + RANK_STEP) <= WORDS_SHARE * ratio * whole
+        assert pieces * 384 <= ratio * whole / 4
         return
     assert rank % RANK_STEP == 0
-    assert LEAST_RANK <= rank < 384
-    share = WORDS_SHARE * ratio * whole
-    assert rank == LEAST_RANK or (pieces + 384) * rank <= share < (pieces + 384) * (rank + RANK_STEP)
+    assert LEAST_RANK <= rank <= RANK
+    share = WIDE_SHARE * ratio * whole
+    assert rank == LEAST_RANK or (pieces + 384) * rank <= share
+    assert rank == RANK or share < (pieces + 384) * (rank + RANK_STEP)
