@@ -100,7 +100,7 @@ def compare_runs(
             row("status", lambda each: each.status),
             row("rounds", lambda each: f"{each.done} of {each.rounds}"),
             row("figures are of", lambda each: each.measured or "-"),
-            *(row(metric_title(name), lambda each, name=name: figure_text(each.figures.get(name))) for name in metrics),  # type: ignore[misc]  # a default is how a loop's value is kept
+            *([metric_title(name), *(figure_text(each.figures.get(name)) for each in facts)] for name in metrics),
             row("epsilon", _epsilon),
             row("sites", lambda each: str(each.sites)),
             row("times a site failed", lambda each: str(each.failures)),

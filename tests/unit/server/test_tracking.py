@@ -267,7 +267,6 @@ def test_tensorboard_is_given_every_scalar(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_files_are_tensorboards(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed: pip install 'coadapt[tensorboard]'")
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
