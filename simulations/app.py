@@ -20,6 +20,7 @@ from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
 from simulations.baselines import train_alone
+from simulations.profiling import profiles
 from simulations.site_states import load_state, save_state
 from simulations.workers import worker_begins
 
@@ -37,6 +38,7 @@ server = ServerApp()
 
 @client.train()
 @client.evaluate()
+@profiles
 def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
     notes = _notes(message)

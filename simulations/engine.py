@@ -61,6 +61,7 @@ from server.secure_collection import SecureCollection
 from simulations import summarise
 from simulations.app import THREADS, client
 from simulations.baselines import HELD_OUT, TEST, part_of
+from simulations.profiling import read_profile
 from simulations.report import write_report
 from simulations.secure_sites import SecureSites, found_consortium, require_crowd
 from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
@@ -577,6 +578,7 @@ class Run:
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),
+            profile=read_profile(self.store.folder),
         )
 
     def _ledgers(self) -> dict[str, Path]:

@@ -18,7 +18,15 @@ from simulations.report_page import PAGE
 from simulations.summary import ComparedFacts, RunSummary, SiteFacts, SitePrivacy, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
-__all__ = ["main_result", "privacy_result", "render", "secure_sum_result", "utility_result", "write_report"]
+__all__ = [
+    "main_result",
+    "privacy_result",
+    "profile_result",
+    "render",
+    "secure_sum_result",
+    "utility_result",
+    "write_report",
+]
 
 
 # Metrics between 0 and 1 of which a hundredth is called a point.
@@ -112,6 +120,19 @@ def utility_result(summary: RunSummary) -> str:
     )
 
 
+def profile_result(summary: RunSummary) -> str:
+    """The three costliest operators of a profiled run in one sentence; says so where there is no profile."""
+    facts = summary.profile
+    if facts is None:
+        return "No profile was written: the first site took no step, or its log in site-logs says why."
+    named = [f"{each.words} ({each.name}) {each.share:.0%}" for each in facts.operators]
+    steps = "step" if facts.steps == 1 else f"{facts.steps} steps"
+    return (
+        f"The first {steps} of {facts.site} took {duration_text(facts.seconds)} on {facts.device}. Costliest:"
+        f" {', '.join(named) or 'no operator'}. Trace: profile/trace.json, for ui.perfetto.dev or chrome://tracing."
+    )
+
+
 def _setting(summary: RunSummary, facts: ComparedFacts) -> str:
     """What the second federation has that the first has not."""
     if facts.privacy is not None and summary.privacy is None:
@@ -158,6 +179,7 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "privacy": privacy_result(summary),
         "secure": secure_sum_result(summary),
         "utility": utility_result(summary),
+        "profile": profile_result(summary),
         "unsafe": summary.privacy is not None and not summary.privacy.protects,
         "chooser": chooser,
         "lower_is_better": LOWER_IS_BETTER,

@@ -272,6 +272,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {{ drawing(plots.traffic, "Bytes of encoded messages in each round, all sites together.", "No round was finished.") }}
 {{ drawing(plots.time, "Wall time by part of the run. Training is the time of each round's slowest site; waiting is the rest of the rounds: sending, combining, measuring, and sites that take turns on the same cores.", "No time was measured.") }}
 </div>
+{% if summary.profile %}<p>{{ profile }}</p>{% endif %}
 </section>
 
 <section id="data" aria-labelledby="data-title">

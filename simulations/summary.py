@@ -14,7 +14,9 @@ __all__ = [
     "DataFacts",
     "Failure",
     "MachineFacts",
+    "OperatorFacts",
     "PrivacyFacts",
+    "ProfileFacts",
     "RoundFacts",
     "RunSummary",
     "SiteFacts",
@@ -195,6 +197,25 @@ class SecureSumFacts(Facts):
     fewest: int | None = Field(description="fewest sites in one of them; null: none was opened")
 
 
+class OperatorFacts(Facts):
+    """An operator of a profile: its share of all operators' own time, without what they call."""
+
+    name: str
+    words: str
+    share: float
+    calls: int
+
+
+class ProfileFacts(Facts):
+    """What `--profile` found in one site's first steps; the trace lies in `profile/trace.json` beside the summary."""
+
+    site: str
+    steps: int
+    seconds: float
+    device: str
+    operators: list[OperatorFacts] = Field(description="the costliest ones, the costliest first")
+
+
 class RunSummary(Facts):
     """A whole `summary.json`. `version` changes when a field changes its meaning."""
 
@@ -226,4 +247,5 @@ class RunSummary(Facts):
     overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")
     timing: Timing
     machine: MachineFacts
+    profile: ProfileFacts | None = Field(None, description="null: the run was not profiled")
     seeds: int = Field(1, description="number of seeds behind the figures")
