@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_simulate import LONGEST_RUN, World, clauses, wait_for, write_manifest, write_rows
+from simulating import LONGEST_RUN, World, clauses, wait_for, write_manifest, write_rows
 
 from client.ledger import Ledger
 from common.config.loading import load_manifest
