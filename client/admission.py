@@ -88,5 +88,5 @@ def _crowd(manifest: Manifest, policy: SitePolicy, sites: int | None) -> Iterato
             yield f"secure_sum.enabled: asked false, allowed sums over {own.min_sites} sites or more"
         if own.metrics == "none" and manifest.privacy is None:
             yield "secure_sum.metrics: asked this site's own loss and counts, allowed none"
-    elif sites is not None and own.min_sites > sites:
-        yield f"secure_sum.min_sites: asked sums over {sites} sites, allowed {own.min_sites} or more"
+    elif sites is not None and own.min_sites > (invited := min(sites, manifest.training.invited(sites))):
+        yield f"secure_sum.min_sites: asked sums over {invited} sites, allowed {own.min_sites} or more"

@@ -18,16 +18,15 @@ class AnswersEnvelopes(Protocol):
         """Answer one envelope; never raises for what the envelope or the records hold."""
 
 
-def relay(message: Message, context: Context, vault: AnswersEnvelopes, *, state_name: str = STATE) -> Message:
+def relay(message: Message, context: Context, vault: AnswersEnvelopes) -> Message:
     """Give the message's envelope to the vault and reply with its answer.
 
-    The site's state lies in Flower's context, which travels with the site from process to process. A node that plays
-    its site in several runs keeps a state for each, by name.
+    The site's state lies in Flower's context.
     """
-    record = context.state.config_records.get(state_name)
+    record = context.state.config_records.get(STATE)
     state = SiteState(**record) if record else SiteState()  # type: ignore[arg-type]
     answer, state = vault.answer(unpack(message.content), state)
-    context.state[state_name] = ConfigRecord(vars(state))
+    context.state[STATE] = ConfigRecord(vars(state))
     return Message(pack(answer), reply_to=message)
 
 

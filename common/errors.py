@@ -6,6 +6,7 @@
     ├── ModelError           a base model is missing, has the wrong digest or does not fit the task
     ├── AdapterError         an adapter does not fit the model or the manifest
     ├── DistillationError    a compact model cannot be made, stored, exported or read
+    │   └── SizeNotMet       what cannot be made smaller is larger than the wanted size
     ├── AssessmentError      a model cannot be measured, or two cannot be compared
     ├── TrainingError        training cannot go on
     │   ├── NotFiniteLoss    the loss became NaN or infinite
@@ -88,6 +89,7 @@ __all__ = [
     "ServiceError",
     "ShareRefused",
     "SignatureRefused",
+    "SizeNotMet",
     "SnapshotRefused",
     "SumLost",
     "SurvivorsRefused",
@@ -139,6 +141,10 @@ class DistillationError(CoadaptError):
     """A compact model cannot be made, stored, exported or read."""
 
     code = "distillation"
+
+
+class SizeNotMet(DistillationError):
+    """What cannot be made smaller is larger than the wanted size."""
 
 
 class AssessmentError(CoadaptError):

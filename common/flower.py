@@ -1,13 +1,7 @@
-"""The only file that imports Flower (simulations add its engine), and how an envelope travels in its messages.
-
-Flower reports to its makers and looks for updates by default; both are switched off before it is imported.
-"""
+"""The only file that imports Flower (simulations add its engine), and how an envelope travels in its messages."""
 
 import os
 
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default
 
 import io

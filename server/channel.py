@@ -3,8 +3,9 @@
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Protocol
 
 from common.errors import MessageError
@@ -49,15 +50,16 @@ class Channel(Protocol):
 class FlowerChannel:
     """Sites by name over a Flower Grid.
 
-    `nodes` are the Flower nodes of the sites. `notes` are values that go beside a site's envelope in every message;
-    a simulation says there which site a node plays. `in_flight` limits the requests that are out at once: Flower
-    hands out what it has in an order of its own, so where the order matters it must not have more.
+    `nodes` are the Flower nodes of the sites by name, or nodes of which any can play any site. `notes` are values that
+    go beside a site's envelope in every message; a simulation says there which site a node plays. `in_flight` limits
+    the requests that are out at once: Flower hands out what it has in an order of its own, so where the order matters
+    it must not have more.
     """
 
     def __init__(
         self,
         grid: Grid,
-        nodes: Mapping[str, int],
+        nodes: Mapping[str, int] | Sequence[int],
         *,
         stop: threading.Event,
         notes: Mapping[str, Mapping[str, str]] | None = None,
@@ -81,6 +83,9 @@ class FlowerChannel:
         """
         sizes = {site: len(data) for site, data in requests.items()}
         to_send = list(requests.items())[::-1]
+        nodes = (
+            self._nodes if isinstance(self._nodes, Mapping) else dict(zip(requests, cycle(self._nodes), strict=False))
+        )
         waiting: dict[str, str] = {}
         deadline = time.monotonic() + self._timeout
         while (waiting or to_send) and time.monotonic() < deadline:
@@ -88,7 +93,7 @@ class FlowerChannel:
                 raise Interrupted
             while to_send and len(waiting) < (self._in_flight or len(requests)):
                 site, data = to_send.pop()
-                message = Message(self._content(site, data), self._nodes[site], kind)
+                message = Message(self._content(site, data), nodes[site], kind)
                 waiting |= dict.fromkeys(map(str, self._grid.push_messages([message])), site)
             for message in self._grid.pull_messages(list(waiting)):
                 site = waiting.pop(str(message.metadata.reply_to_message_id))

@@ -55,14 +55,17 @@ class Collected:
 class Collection(Protocol):
     """What the round loop knows of it."""
 
-    def first(self, start: RoundStart, adapter: AdapterState, shapes: Shapes) -> Collected:
-        """Have every site train, and take in contributions of `shapes`; the mean is empty where nobody answered."""
+    def first(
+        self, start: RoundStart, adapter: AdapterState, shapes: Shapes, sites: Sequence[str] | None = None
+    ) -> Collected:
+        """Have `sites` (None: every one) train, and take in contributions of `shapes`; the mean is empty where nobody
+        answered."""
 
     def second(self, start: RoundStart, basis: AdapterState, shapes: Shapes, before: Collected) -> Collected:
         """The round's second sum, of the sites of the first; the answers hold the bytes of both."""
 
-    def measured(self, request: Evaluate, adapter: AdapterState) -> Collected:
-        """Have every site measure an adapter on its held-out records."""
+    def measured(self, request: Evaluate, adapter: AdapterState, sites: Sequence[str] | None = None) -> Collected:
+        """Have `sites` (None: every one) measure an adapter on their held-out records."""
 
     def memory(self) -> dict[str, float]:
         """What later rounds follow from, by name; stored with each round."""
@@ -90,11 +93,14 @@ class PlainCollection:
         self._measures = manifest.evaluation.public is None
         self._sites, self._channel, self._collector, self._report = tuple(sites), channel, collector, report
 
-    def first(self, start: RoundStart, adapter: AdapterState, shapes: Shapes) -> Collected:
+    def first(
+        self, start: RoundStart, adapter: AdapterState, shapes: Shapes, sites: Sequence[str] | None = None
+    ) -> Collected:
         """See `Collection`. A site that fails sits the round out; the others go on."""
         request = encode(Envelope(header=start, tensors=adapter))
-        collector, done = self._collector(shapes), Collected(bytes_down=len(request) * len(self._sites))
-        for reply in self._channel.exchange(dict.fromkeys(self._sites, request), kind="train"):
+        asked = self._sites if sites is None else sites
+        collector, done = self._collector(shapes), Collected(bytes_down=len(request) * len(asked))
+        for reply in self._channel.exchange(dict.fromkeys(asked, request), kind="train"):
             self._take_in(reply, start, collector, done)
         done.mean = collector.result() if done.answers else {}
         return done
@@ -160,10 +166,11 @@ class PlainCollection:
         done.mean = collector.result() if done.answers else {}
         return done
 
-    def measured(self, request: Evaluate, adapter: AdapterState) -> Collected:
+    def measured(self, request: Evaluate, adapter: AdapterState, sites: Sequence[str] | None = None) -> Collected:
         """See `Collection`."""
         data, done = encode(Envelope(header=request, tensors=adapter)), Collected()
-        for reply in self._channel.exchange(dict.fromkeys(self._sites, data), kind="evaluate"):
+        asked = self._sites if sites is None else sites
+        for reply in self._channel.exchange(dict.fromkeys(asked, data), kind="evaluate"):
             answer = reply.envelope.header if reply.envelope else None
             if isinstance(answer, Evaluated) and _answers(answer, request):
                 done.counts[reply.site] = answer.counts

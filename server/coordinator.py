@@ -30,6 +30,7 @@ from server.aggregation.tail import mean_adapter
 from server.channel import Channel
 from server.collection import Collected, Collection, PlainCollection, SiteAnswer, failed_sites
 from server.guards import Rejection, too_long, too_much_worse
+from server.participants import participants, require_participants
 from server.run_store import RunStore
 from server.stored_round import StoredRound, facts_of, rounds_of
 
@@ -53,6 +54,7 @@ class Coordinator:
     Raises:
         AdapterError: the manifest's aggregation is not for adapters as large.
         ExtensionError: a person's own aggregation cannot be loaded.
+        ManifestError: a round would invite more sites than there are, or too few.
         RunError: a guard needs public records, and there are none; or the stored rounds are of another manifest, run
             or sites, or were changed.
     """
@@ -74,6 +76,7 @@ class Coordinator:
     ) -> None:
         if manifest.aggregation.accept_drop is not None and public is None:
             raise RunError("aggregation.accept_drop needs public records to measure on, and this coordinator has none")
+        require_participants(manifest, len(sites))
         self._manifest = manifest
         self._public = public
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="measuring") if public_meanwhile else None
@@ -171,8 +174,8 @@ class Coordinator:
     def _round(self, number: int) -> None:
         began = time.monotonic()
         done = StoredRound(number)
-        # 1. Invite every site with the present adapter.
-        self._report(RoundStarted(round=number, sites=self._sites))
+        # 1. Invite the round's sites with the present adapter.
+        self._report(RoundStarted(round=number, sites=self._invited(number)))
         start = self._start(number)
         try:
             # 2. Take in what the sites make of it.
@@ -229,7 +232,7 @@ class Coordinator:
         """
         shapes = contribution_shapes(self._manifest, self._shapes, self.accepted)
         try:
-            collected = self._collection.first(start, self.adapter, shapes)
+            collected = self._collection.first(start, self.adapter, shapes, self._invited(start.round))
         except SumLost:
             self._take_measured()
             raise
@@ -287,10 +290,11 @@ class Coordinator:
         )
 
     def _require_enough(self, done: StoredRound) -> None:
-        least = min(self._manifest.aggregation.min_sites, len(self._sites))
+        invited = self._invited(done.number)
+        least = min(self._manifest.aggregation.min_sites, len(invited))
         if len(done.answers) < least:
             raise RoundError(
-                f"round {done.number}: {len(done.answers)} of {len(self._sites)} sites answered, aggregation.min_sites"
+                f"round {done.number}: {len(done.answers)} of {len(invited)} sites answered, aggregation.min_sites"
                 f" wants {least}; rounds before it are stored. Sites that failed:"
                 f" {failed_sites(done.failures, done.reasons)}"
             )
@@ -311,6 +315,9 @@ class Coordinator:
                 f" round {last[0].number - 1} is stored. Lower the learning rates, or give the guard more room"
             )
 
+    def _invited(self, number: int) -> tuple[str, ...]:
+        return participants(self._manifest, self._sites, number)
+
     def _take_in(self, collected: Collected, done: StoredRound) -> None:
         done.answers = collected.answers
         done.failures |= collected.failures
@@ -328,7 +335,9 @@ class Coordinator:
             return
         if not last.counts and not last.measured:  # those of a rejected round are known, a lost one's never will be
             with contextlib.suppress(SumLost):  # sites measure an adapter once; without its figures it is whole
-                last.counts |= self._collection.measured(Evaluate(**self._header(last.number)), self.adapter).counts
+                asked = self._invited(last.number + 1)  # as if another round began, which would measure it
+                request = Evaluate(**self._header(last.number))
+                last.counts |= self._collection.measured(request, self.adapter, asked).counts
             self._validated(last)
         last.measured = not last.counts
         self._store.save_measured({"round": last.number, "counts": last.counts})

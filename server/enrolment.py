@@ -16,6 +16,7 @@ from common.identity import fingerprint
 from common.randomness import system_bytes
 from common.roster import FEDERATION_BYTES, Institution, Roster, SignedRoster, verify_roster
 from server.home import CoordinatorHome, load_settings
+from server.participants import require_participants
 
 __all__ = [
     "admit",
@@ -94,7 +95,7 @@ def make_roster(home: CoordinatorHome, manifest_file: Path, *, epoch: int | None
     `epoch` is one more than the last one where it is not given.
 
     Raises:
-        ManifestError: the manifest breaks a rule.
+        ManifestError: the manifest breaks a rule, or invites more sites to a round than are admitted.
         EnrolmentError: it is not pinned, allows sums over two sites, too few institutions are admitted, or the epoch
             is not later.
         RosterRefused: the institutions and the manifest's rules leave no threshold.
@@ -114,6 +115,7 @@ def make_roster(home: CoordinatorHome, manifest_file: Path, *, epoch: int | None
             f"{manifest_file.name} wants secure_sum.min_sites = {section.min_sites} institutions or more,"
             f" {len(papers)} are admitted: {', '.join(papers) or 'none'}; admit more"
         )
+    require_participants(manifest, len(papers))
     numbers = _numbers(home, papers)
     roster = Roster(
         federation=system_bytes(FEDERATION_BYTES) if before is None else before.roster.federation,

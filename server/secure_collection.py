@@ -110,11 +110,14 @@ class SecureCollection:
         # Else a failed sum ends the run, as in a simulation, where nothing can come back.
         self._goes_on = attempts > 1 or journals is not None
 
-    def first(self, start: RoundStart, adapter: AdapterState, shapes: Shapes) -> Collected:
+    def first(
+        self, start: RoundStart, adapter: AdapterState, shapes: Shapes, sites: Sequence[str] | None = None
+    ) -> Collected:
         """See `Collection`."""
         self._accepted, self._adapter = start.accepted, adapter
-        start = start.model_copy(update={"ranges": self._ranges_of(shapes, start.round, len(self._numbers))})
-        opened = self._sum(start, adapter, tuple(self._numbers), kind="train")
+        names = tuple(self._numbers if sites is None else sites)
+        start = start.model_copy(update={"ranges": self._ranges_of(shapes, start.round, len(names))})
+        opened = self._sum(start, adapter, names, kind="train")
         done = self._collected(opened)
         done.mean = opened.mean
         self._ranges.saw(done.mean)
@@ -144,11 +147,12 @@ class SecureCollection:
         self._ranges.saw(done.mean)
         return done
 
-    def measured(self, request: Evaluate, adapter: AdapterState) -> Collected:
+    def measured(self, request: Evaluate, adapter: AdapterState, sites: Sequence[str] | None = None) -> Collected:
         """See `Collection`; with privacy nobody is asked, since nothing could be told."""
         if self._manifest.privacy is not None:
             return Collected()
-        opened = self._sum(request, adapter, tuple(self._numbers), kind="evaluate")
+        names = tuple(self._numbers if sites is None else sites)
+        opened = self._sum(request, adapter, names, kind="evaluate")
         done, counts = self._collected(opened), counts_in(opened.decoded)
         done.counts = {ALL_SITES: counts} if counts else {}
         return done
@@ -293,7 +297,7 @@ class SecureCollection:
         """Raises PolicyRefused where so few sites cannot form the sum."""
         least = len(asked.names) if isinstance(asked.header, Project) else 0
         if self._goes_on:  # a sum over fewer would be opened, and then not be used
-            least = max(least, min(self._manifest.aggregation.min_sites, len(self._numbers)))
+            least = max(least, min(self._manifest.aggregation.min_sites, len(asked.names)))
         return RoundConfig.for_round(self._roster, list(self._of(among).values()), asked.what, min_sites=least)
 
     def _among(self, asked: _Asked, gone: set[str], failures: Mapping[str, str]) -> tuple[str, ...]:

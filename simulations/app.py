@@ -6,7 +6,6 @@ take neither from a coordinator; there the relay speaks to the one vault of its 
 
 import json
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from client.ledger import Ledger
 from client.protection import Population
-from client.relay import failure, relay
+from client.relay import failure
 from client.resident import resident
 from client.state import SiteState
 from client.vault import Vault, note
@@ -22,7 +21,9 @@ from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, unpack
 from common.messages import decode, encode
 from simulations.baselines import train_alone
+from simulations.profiling import profiles
 from simulations.seats import at_work, take_seat
+from simulations.site_states import load_state, save_state
 from simulations.workers import worker_begins
 
 __all__ = ["THREADS", "client", "preload", "server"]
@@ -39,30 +40,28 @@ server = ServerApp()
 
 @client.train()
 @client.evaluate()
+@profiles
 def answer(message: Message, context: Context) -> Message:
     """Answer an envelope as the site that the notes name."""
     notes = _notes(message)
     try:
+        folder, again = Path(notes["folder"]), "again" in notes
         with at_work(notes["site"]):
             vault = _vault(notes["site"], notes["folder"], notes["log"], notes["ledger"])
-            asked = _AskedAgain(vault) if "again" in notes else vault
-            return relay(message, context, asked, state_name=f"site of {notes['folder']}")
+            reply, state = _answer(vault, unpack(message.content), load_state(folder), again=again)
+        save_state(folder, state)
+        return Message(pack(reply), reply_to=message)
     except Exception as error:
         note(Path(notes["log"]), error)
         return failure(message, error)
 
 
-@dataclass(frozen=True)
-class _AskedAgain:
-    """A vault that is asked once more since memory ran out while it trained: nothing of that training left it, and
-    where it was charged, the charge pays for the one that comes now."""
-
-    vault: Vault
-
-    def answer(self, data: bytes, state: SiteState) -> tuple[bytes, SiteState]:
-        header = decode(data).header
-        lost = self.vault.charged(header.run_id)[-1:] == [header.round]
-        return self.vault.answer(data, state, unreleased=lost)
+def _answer(vault: Vault, data: bytes, state: SiteState, *, again: bool) -> tuple[bytes, SiteState]:
+    """`again` says that memory ran out while the site trained: nothing of that training left it, and where it was
+    charged, the charge pays for the one that comes now."""
+    header = decode(data).header
+    lost = again and vault.charged(header.run_id)[-1:] == [header.round]
+    return vault.answer(data, state, unreleased=lost)
 
 
 @client.query("baseline")

@@ -18,6 +18,8 @@ from server.assessment.commands import evaluate
 from server.commands import coordinator
 from server.distillation.export_command import export
 from server.distillation.vocabulary_commands import vocabulary
+from simulations.runs.command import runs as runs_commands
+from simulations.watch_command import watch
 
 if TYPE_CHECKING:
     from simulations.bundle_format import Facts
@@ -41,12 +43,18 @@ app.command()(evaluate)
 app.command()(export)
 app.command("compare")(compare_models)
 app.add_typer(vocabulary, name="vocabulary")
+app.command()(watch)
+app.add_typer(runs_commands, name="runs")
 
 ManifestPath = Annotated[Path, typer.Argument(metavar="MANIFEST", help="A federation.toml.")]
 DataFolder = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data files.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.rounds=3. Repeatable."),
+]
+LogTo = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TOOL", help="Also draw figures in tensorboard:DIR or mlflow:URI. Repeatable."),
 ]
 
 
@@ -84,17 +92,25 @@ def simulate(
         str | None,
         typer.Option(metavar="KEY=V1,V2,...", help="Run once for each value of a setting and draw what comes of it."),
     ] = None,
+    log_to: LogTo = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace one site's first steps, and name what costs most in them.")
+    ] = False,
 ) -> None:
     """Simulate a whole federation on this machine, from raw files to a report."""
     if sweep is not None:
+        if log_to or profile:
+            raise RunError("--log-to and --profile are of one run: of a sweep's points, use coadapt runs export")
         _sweep(manifest, sweep, data, runs, run_id, overrides or [], baselines)
         return
     from simulations.engine import simulate as run
     from simulations.live import LiveView, print_table
-    from simulations.report import main_result, privacy_result, secure_sum_result, utility_result
+    from simulations.profiling import profiling
+    from simulations.report import main_result, privacy_result, profile_result, secure_sum_result, utility_result
+    from simulations.tracked import tracked
 
     console = Console()
-    with LiveView(console) as view:
+    with profiling(profile), LiveView(console) as live, tracked(log_to or (), runs, live) as view:
         summary = run(
             manifest,
             data=data,
@@ -113,6 +129,8 @@ def simulate(
         console.print(compared, highlight=False, soft_wrap=True)
     if summary.overfitting:
         console.print(summary.overfitting, highlight=False, soft_wrap=True)
+    if profile:
+        console.print(profile_result(summary), highlight=False, soft_wrap=True, markup=False)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     if summary.status == "interrupted":
         console.print(f"stopped by you; what was finished lies in {folder}", highlight=False, soft_wrap=True)
@@ -162,11 +180,13 @@ def run(
     run_id: Annotated[str | None, typer.Option(help="Name of the run; default: name and time.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that was cut off.")] = None,
     stop: Annotated[str | None, typer.Option(metavar="RUN", help="End a run that goes on; it can be resumed.")] = None,
+    log_to: LogTo = None,
 ) -> None:
     """Run the agreed federation between institutions, and show how it goes."""
     from server.home import CoordinatorHome
     from server.submission import end, follow, new_run_id, require_run_id, submit, summary_of
     from simulations.live import LiveView
+    from simulations.tracked import tracked
 
     console, place = Console(), CoordinatorHome(home.absolute())
     for given in (run_id, resume, stop):
@@ -180,8 +200,8 @@ def run(
 
     manifest, _ = prepared(place)
     name = resume or run_id or new_run_id(manifest.name)
-    submitted = submit(place, name, resume=resume is not None)
-    with LiveView(console) as view:
+    with LiveView(console) as live, tracked(log_to or (), place.runs, live) as view:
+        submitted = submit(place, name, resume=resume is not None)
         try:
             for event in follow(place, submitted):
                 view(event)
@@ -294,11 +314,26 @@ def bench(
         list[int] | None, typer.Option(min=1, help="Length of the vector in secure-sum; may be given more than once.")
     ] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, help="Turns, of which medians are taken.")] = None,
+    participants: Annotated[
+        int | None, typer.Option(min=1, help="Sites in a round of the simulation; default: all.")
+    ] = None,
+    local_steps: Annotated[int, typer.Option(min=1, help="Training steps of a site in a round of the simulation.")] = 1,
+    base: Annotated[str, typer.Option(help="Base of the simulation: default or tiny.")] = "default",
 ) -> None:
     """Measure speed as a ratio inside one run; docs/benchmarks.md says what each figure means."""
     from simulations.benchmarks.bench import print_bench
 
-    print_bench(name, as_json=as_json, sites=sites or (), rounds=rounds, values=values or (), repetitions=repetitions)
+    print_bench(
+        name,
+        as_json=as_json,
+        sites=sites or (),
+        rounds=rounds,
+        values=values or (),
+        repetitions=repetitions,
+        participants=participants,
+        local_steps=local_steps,
+        base=base,
+    )
 
 
 @bundle.callback(invoke_without_command=True)

@@ -60,18 +60,22 @@ from simulations.baselines import HELD_OUT, TEST, part_of
 from simulations.devices import keep_to
 from simulations.placing import MemoryFinds, Placed
 from simulations.planning import plan_workers, work_of
+from simulations.profiling import read_profile
 from simulations.report import write_report
 from simulations.seats import Seats
 from simulations.secure_sites import SecureSites, found_consortium, require_crowd
 from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
-from simulations.slots import Plan
+from simulations.slots import Plan, more_careful
 from simulations.starting import start_flower
-from simulations.summary import BaseModelFacts, ComparedFacts, RunSummary, Timing
+from simulations.summary import BaseModelFacts, ComparedFacts, MemoryFacts, RunSummary, Timing
 
 __all__ = ["Plan", "Run", "find_metrics", "pinned", "simulate", "simulate_on", "start_flower"]
 
 # How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
 NODES_SECONDS = 30.0
+
+# Flower looks ten times a second for the next message to a node, so that a worker needs several nodes to be kept busy.
+NODES_PER_WORKER = 16
 
 # Folder of the second federation in that of the run.
 COMPARED = "compared"
@@ -164,6 +168,7 @@ def simulate(
         run.settings = list(compare)
         run.compared = Run.prepare(other, folders, began=began, baselines=False)
         run.compared.stop, run.compared.is_compared = run.stop, True
+        run.plan = more_careful(run.plan, run.compared.plan)
     with _stop_on_signal(run.stop), run.folder(runs, run_id, view):
         start_flower(run, client)
         return run.finish()
@@ -262,7 +267,7 @@ class Run:
             manifest=manifest,
             data=data,
             resident=model,
-            plan=plan_workers(manifest, simulation, model, sites=len(data.train)),
+            plan=plan_workers(manifest, simulation, model, sites=manifest.training.invited(len(data.train))),
             first=first,
             truncated={split: each.truncated for split, each in encoded.items()},
             baselines=simulation.baselines if baselines is None else baselines,
@@ -294,13 +299,16 @@ class Run:
                     trainable_parameters=sum(array.size for array in self.first.values()),
                 )
             )
-            self.seats = self.seats or Seats(self.root / "slots", self.plan)
-            self.report(summarise.planned(self.plan))
             if self.compared is not None:
-                self.compared.plan, self.compared.seats = self.plan, self.seats  # one set of workers for both
                 stack.enter_context(self.compared.folder(self.store.folder, COMPARED, None))
             self.report(PhaseStarted(phase="start-up"))
             yield
+
+    def take_places(self, plan: Plan, seats: Seats | None) -> None:
+        """Learn where the workers compute, for the compared federation too: one set of workers for both."""
+        for run in filter(None, (self, self.compared)):
+            run.plan, run.seats = plan, seats
+            run.report(summarise.planned(plan))
 
     def report(self, event: Event) -> None:
         """Give an event to everyone who listens; remember when the parts of the run began."""
@@ -399,7 +407,7 @@ class Run:
     def _channel(
         self, grid: Grid, jobs: Mapping[str, "_Job"], *, in_flight: int | None = None, again: bool = False
     ) -> FlowerChannel:
-        """Jobs by name on Flower's nodes, in turn: in a simulation only a job's notes tell who a node is.
+        """Jobs by name on Flower's nodes, so many at once: in a simulation only a job's notes tell who a node is.
 
         They also tell of a job that comes `again` since memory ran out before anything of it left.
         """
@@ -416,17 +424,24 @@ class Run:
             }
             for name, job in jobs.items()
         }
-        spread = {name: nodes[index % len(nodes)] for index, name in enumerate(jobs)}
-        return FlowerChannel(grid, spread, stop=self.stop, notes=notes, in_flight=in_flight, poll_seconds=POLL_SECONDS)
+        most = in_flight or len(nodes)
+        return FlowerChannel(grid, nodes, stop=self.stop, notes=notes, in_flight=most, poll_seconds=POLL_SECONDS)
+
+    @property
+    def nodes(self) -> int:
+        """Flower nodes, each of which plays one site at a time. Requests to more would only lie in the memory."""
+        invited = self.manifest.training.invited(len(self.data.train))
+        own = min(invited, NODES_PER_WORKER * self.plan.workers)
+        return own if self.compared is None else max(own, self.compared.nodes)
 
     def _nodes(self, grid: Grid) -> list[int]:
         """Flower's nodes. It starts the rounds before it has made them all, so they are waited for."""
         deadline = time.monotonic() + NODES_SECONDS
-        while len(nodes := sorted(grid.get_node_ids())) < len(self.data.train):
+        while len(nodes := sorted(grid.get_node_ids())) < self.nodes:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"{len(self.data.train)} sites need as many Flower nodes, found {len(nodes)};"
-                    f" start with --federation-config num-supernodes={len(self.data.train)}"
+                    f"the run needs {self.nodes} Flower nodes, found {len(nodes)};"
+                    f" start with --federation-config num-supernodes={self.nodes}"
                 )
             if self.stop.wait(0.02):
                 raise Interrupted
@@ -436,7 +451,8 @@ class Run:
         """All records in one place, and every site alone; the longest training is sent off first."""
         self.report(PhaseStarted(phase="baselines"))
         own = self.manifest.training.rounds * self.manifest.training.local_steps
-        jobs = {"centralised": _Job(POOLED, own * len(self.data.train), self.first)}
+        invited = self.manifest.training.invited(len(self.data.train))
+        jobs = {"centralised": _Job(POOLED, own * invited, self.first)}
         jobs |= {f"local:{site}": _Job(site, own, self.first) for site in self.data.train}
         self._measure_on_test(grid, jobs)
 
@@ -537,15 +553,22 @@ class Run:
             compared=ComparedFacts(run=other.run_id, settings=self.settings, privacy=other.privacy) if other else None,
             failures=summarise.failures(done),
             privacy=summarise.privacy_facts(manifest, populations(manifest, self.data), self._ledgers()),
-            secure_sum=summarise.secure_sum_facts(manifest, len(self.data.train), self.opened),
+            secure_sum=summarise.secure_sum_facts(
+                manifest, manifest.training.invited(len(self.data.train)), self.opened
+            ),
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),
-            memory=summarise.memory_facts(
-                self.plan,
-                self.seats.peaks() if self.seats else {},
-                self.placed.finds if self.placed else MemoryFinds(),
-            ),
+            memory=self._memory(),
+            profile=read_profile(self.store.folder),
+        )
+
+    def _memory(self) -> MemoryFacts | None:
+        """None where others placed the workers: a cluster, or Flower itself."""
+        if self.seats is None:
+            return None
+        return summarise.memory_facts(
+            self.plan, self.seats.peaks(), self.placed.finds if self.placed else MemoryFinds()
         )
 
     def _ledgers(self) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from common.tasks.task import Example
 from simulations.devices import find_devices
 from simulations.footprint import estimated, footprint_for
 from simulations.sites import FederationData
-from simulations.slots import Footprint, Plan, plan_slots
+from simulations.slots import Footprint, Plan, on_cluster, plan_slots
 
 __all__ = ["plan_workers", "work_of", "would_need"]
 
@@ -26,6 +26,9 @@ def plan_workers(manifest: Manifest, section: SimulationSection, model: Resident
     Raises:
         RunError: devices that are asked for are not there, or hold no worker.
     """
+    records = physical_records(manifest.training)
+    if section.ray_address is not None:
+        return on_cluster(section.ray_address, estimated(manifest, model, on_gpu=False), records=records)
     devices = find_devices(section)
     cores = os.cpu_count() or 1
     wanted = max(cores, len(devices)) if section.workers == "auto" else section.workers
@@ -34,7 +37,7 @@ def plan_workers(manifest: Manifest, section: SimulationSection, model: Resident
         footprint_for(manifest, model, devices, workers=min(wanted, sites)),
         sites=sites,
         cores=cores,
-        batch=physical_records(manifest.training),
+        batch=records,
         workers=section.workers,
         slots_per_gpu=section.slots_per_gpu,
         would=would_need(manifest, model, on_gpu=devices[0].index is not None),

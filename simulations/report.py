@@ -5,6 +5,7 @@ sites and labels are other people's text, so the template escapes everything tha
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from common.config.manifest import LOWER_IS_BETTER
 from common.durable import write_text
 from simulations import plots
 from simulations.report_page import PAGE
-from simulations.summary import ComparedFacts, RunSummary, SiteFacts, TableRow
+from simulations.summary import ComparedFacts, RunSummary, SiteFacts, SitePrivacy, TableRow
 from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
 
-__all__ = ["main_result", "privacy_result", "render", "secure_sum_result", "utility_result", "write_report"]
+__all__ = [
+    "main_result",
+    "privacy_result",
+    "profile_result",
+    "render",
+    "secure_sum_result",
+    "utility_result",
+    "write_report",
+]
 
 
 # Metrics between 0 and 1 of which a hundredth is called a point.
@@ -25,6 +34,9 @@ SHARES = frozenset({"accuracy", "macro_f1", "entity_f1", "entity_precision", "en
 
 # Longer tables would make a page that no one reads; summary.json has every line.
 MOST_ROWS = 200
+
+# With more sites than this the tables of sites show so many as someone may look into.
+MOST_SITES, LOOKED_INTO = 50, 20
 
 
 def write_report(summary: RunSummary, path: Path) -> None:
@@ -108,6 +120,19 @@ def utility_result(summary: RunSummary) -> str:
     )
 
 
+def profile_result(summary: RunSummary) -> str:
+    """The three costliest operators of a profiled run in one sentence; says so where there is no profile."""
+    facts = summary.profile
+    if facts is None:
+        return "No profile was written: the first site took no step, or its log in site-logs says why."
+    named = [f"{each.words} ({each.name}) {each.share:.0%}" for each in facts.operators]
+    steps = "step" if facts.steps == 1 else f"{facts.steps} steps"
+    return (
+        f"The first {steps} of {facts.site} took {duration_text(facts.seconds)} on {facts.device}. Costliest:"
+        f" {', '.join(named) or 'no operator'}. Trace: profile/trace.json, for ui.perfetto.dev or chrome://tracing."
+    )
+
+
 def _setting(summary: RunSummary, facts: ComparedFacts) -> str:
     """What the second federation has that the first has not."""
     if facts.privacy is not None and summary.privacy is None:
@@ -147,17 +172,21 @@ def _share(part: float, whole: float) -> str:
 def _view(summary: RunSummary) -> dict[str, Any]:
     """What the template reads."""
     chooser = summary.metrics[0] if summary.metrics else "loss"
+    shown = _looked_into(summary.sites, chooser, summary.selected_round)
     return {
         "summary": summary,
         "result": main_result(summary),
         "privacy": privacy_result(summary),
         "secure": secure_sum_result(summary),
         "utility": utility_result(summary),
+        "profile": profile_result(summary),
         "unsafe": summary.privacy is not None and not summary.privacy.protects,
         "chooser": chooser,
         "lower_is_better": LOWER_IS_BETTER,
         "table": _table(summary),
-        "sites": [_site(site, summary.selected_round) for site in summary.sites],
+        "sites": [_site(site, summary.selected_round) for site in shown],
+        "private_sites": _of_shown(summary, shown),
+        "left_out": _left_out(len(shown), len(summary.sites), chooser),
         "local_known": any(site.local_only for site in summary.sites),
         "plots": _plots(summary, chooser),
         "rounds": summary.rounds[:MOST_ROWS],
@@ -179,6 +208,37 @@ def _table(summary: RunSummary) -> list[dict[str, Any]]:
 
 def _cells(place: int, row: TableRow, best: dict[str, set[int]]) -> list[tuple[str, bool]]:
     return [(figure_text(row.figures.get(metric)), place in places) for metric, places in best.items()]
+
+
+def _looked_into(sites: Sequence[SiteFacts], metric: str, selected: int) -> list[SiteFacts]:
+    """All sites, or of very many those that someone may look into: the slowest ones, and the worst by the metric."""
+    if len(sites) <= MOST_SITES:
+        return list(sites)
+
+    def badness(site: SiteFacts) -> float:
+        value = (plots.site_validation(site, selected) or {}).get(metric, math.nan)
+        return -math.inf if math.isnan(value) else value if metric in LOWER_IS_BETTER else -value
+
+    slowest = sorted(sites, key=lambda site: site.seconds, reverse=True)[: LOOKED_INTO // 2]
+    names = {site.name for site in slowest}
+    others = sorted((site for site in sites if site.name not in names), key=badness, reverse=True)
+    names |= {site.name for site in others[: LOOKED_INTO - len(names)]}
+    return [site for site in sites if site.name in names]
+
+
+def _of_shown(summary: RunSummary, shown: Sequence[SiteFacts]) -> list[SitePrivacy]:
+    """The privacy of the sites that are shown."""
+    sites, names = summary.privacy.sites if summary.privacy else [], {site.name for site in shown}
+    return sites if len(shown) == len(summary.sites) else [site for site in sites if site.name in names]
+
+
+def _left_out(shown: int, sites: int, metric: str) -> str:
+    if shown == sites:
+        return ""
+    return (
+        f"Shown are {shown} of {sites} sites, the slowest and those with the worst {metric_title(metric)};"
+        f" summary.json has the other {sites - shown} too."
+    )
 
 
 def _site(site: SiteFacts, selected: int) -> dict[str, Any]:

@@ -202,12 +202,13 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 <table>
 <thead><tr><th scope="col">site</th><th scope="col">published units</th><th scope="col">epsilon</th><th scope="col">epsilon, tighter bound</th><th scope="col">noise over clip</th><th scope="col">sampling rate</th><th scope="col">steps charged</th></tr></thead>
 <tbody>
-{% for site in summary.privacy.sites %}
+{% for site in private_sites %}
 <tr><th scope="row">{{ site.name }}</th><td>{{ site.units | count }}</td><td>{{ site.epsilon | figure }}</td><td>{{ site.epsilon_prv | figure }}</td><td>{{ site.noise_multiplier | figure }}</td><td>{{ site.sampling_rate | figure }}</td><td>{{ site.steps | count }}</td></tr>
 {% endfor %}
 </tbody>
 </table>
 </div>
+{% if left_out %}<p class="soft">{{ left_out }}</p>{% endif %}
 <p class="soft">Epsilon by Rényi differential privacy enforces the budget; the tighter bound is by privacy loss random variables. Allowed were epsilon {{ summary.privacy.epsilon | figure }} and delta {{ "%.1e" | format(summary.privacy.delta) }}; gradients were clipped to {{ summary.privacy.clip | figure }}. These ledgers are simulated: a real site would have paid this from its one account.</p>
 </section>
 {% endif %}
@@ -217,7 +218,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {% if sites %}
 <div class="plots">
 {{ drawing(plots.sites, "By site: " ~ chooser | metric ~ "." ~ (" Both bars of a site are measured on its own held-out records." if local_known else ""), "No figures by site are known.") }}
-{{ drawing(plots.site_losses, "Training loss of each site; gaps are rounds that it sat out.", "No training loss by site is known.") }}
+{{ drawing(plots.site_losses, "Training loss of each site; gaps are rounds that it sat out or was not invited to.", "No training loss by site is known.") }}
 </div>
 <p class="soft">Held-out figures are of round {{ summary.selected_round }}, or of the last round that is known.</p>
 <div class="wide" tabindex="0" role="region" aria-label="Table of sites">
@@ -247,6 +248,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 </tbody>
 </table>
 </div>
+{% if left_out %}<p class="soft">{{ left_out }}</p>{% endif %}
 {% else %}
 <p class="none">No site is known.</p>
 {% endif %}
@@ -273,6 +275,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 {{ drawing(plots.traffic, "Bytes of encoded messages in each round, all sites together.", "No round was finished.") }}
 {{ drawing(plots.time, "Wall time by part of the run. Training is the time of each round's slowest site; waiting is the rest of the rounds: sending, combining, measuring, and sites that take turns on the same cores.", "No time was measured.") }}
 </div>
+{% if summary.profile %}<p>{{ profile }}</p>{% endif %}
 </section>
 
 <section id="data" aria-labelledby="data-title">

@@ -52,7 +52,7 @@ class Seats:
     """The folder as the planning process sees it."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        self._folder, self._plan, self._read = folder, plan, 0
+        self.folder, self._plan, self._read = folder, plan, 0
         folder.mkdir(mode=0o700)
         slots = []
         for slot in plan.slots:
@@ -66,7 +66,7 @@ class Seats:
     def new_halvings(self) -> list[Halved]:
         """What workers have written since the last call."""
         try:
-            text = (self._folder / "halved.jsonl").read_text(encoding="utf-8")
+            text = (self.folder / "halved.jsonl").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
         whole = text[self._read : text.rfind("\n") + 1]
@@ -77,7 +77,7 @@ class Seats:
         """Largest memory in bytes of a worker on each device by its place in the plan, as far as they told."""
         peaks: dict[int, int] = {}
         for number, slot in enumerate(self._plan.slots):
-            if told := _told(self._folder, number):
+            if told := _told(self.folder, number):
                 peaks[slot.device] = max(peaks.get(slot.device, 0), told["peak"])
         return peaks
 
@@ -87,12 +87,12 @@ class Seats:
         None where that was the last one, or no worker says that it worked for the site.
         """
         for number, slot in enumerate(self._plan.slots):
-            told = _told(self._folder, number)
+            told = _told(self.folder, number)
             if told and told["site"] == site:
-                left = _open(self._folder, slot.device, self._plan.on(slot.device)) - 1
+                left = _open(self.folder, slot.device, self._plan.on(slot.device)) - 1
                 if left < 1:
                     return None
-                write_text(self._folder / f"open-{slot.device}", str(left))
+                write_text(self.folder / f"open-{slot.device}", str(left))
                 return slot.device, left
         return None
 

@@ -24,6 +24,7 @@ from common.secure_sum.state import SiteMemory
 from common.secure_sum.thresholds import threshold
 from server.channel import Channel, Reply
 from server.coordinator import SiteAnswer, StoredRound
+from server.participants import require_participants
 
 __all__ = ["Consortium", "SecureSites", "found_consortium", "require_crowd"]
 
@@ -96,9 +97,11 @@ def require_crowd(manifest: Manifest, sites: int) -> None:
     """Refuse a federation that is too small for its secure sum, before anything begins.
 
     Raises:
+        ManifestError: a round would invite more sites than there are, or too few.
         PolicyRefused: it is.
     """
-    section = manifest.secure_sum
+    require_participants(manifest, sites)
+    sites, section = manifest.training.invited(sites), manifest.secure_sum
     if not section.enabled:
         return
     least = section.min_sites
@@ -143,6 +146,8 @@ class SecureSites:
     def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
         """See `Channel`."""
         due: dict[str, bytes] = {}
+        if any(data[:1] != bytes([VERSION]) for data in requests.values()):
+            self._asked.clear()  # else a site that is not invited again would hold an old round's adapter for ever
         for name, data in requests.items():
             if data[:1] != bytes([VERSION]):
                 yield self._begun(name, data, kind)

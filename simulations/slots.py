@@ -12,7 +12,18 @@ from typing import Literal
 from common.errors import RunError
 from simulations.wording import size_text
 
-__all__ = ["SAFE", "Device", "Footprint", "Plan", "Slot", "longest_first", "makespan", "plan_slots"]
+__all__ = [
+    "SAFE",
+    "Device",
+    "Footprint",
+    "Plan",
+    "Slot",
+    "longest_first",
+    "makespan",
+    "more_careful",
+    "on_cluster",
+    "plan_slots",
+]
 
 # Share of a device's free memory that is planned with. The rest is for fragments, and for what others may take.
 SAFE = 0.9
@@ -24,7 +35,7 @@ Count = Literal["auto"] | int
 class Device:
     """Something with memory of its own: a GPU by its `index`, or the machine (None). `memory` is free, in bytes.
 
-    An `emulated` GPU is a name and a number: its workers compute on the CPU.
+    An `emulated` GPU is a name and a number: its workers compute on the CPU. Of a cluster the memory is unknown, 0.
     """
 
     name: str
@@ -104,8 +115,8 @@ class Plan:
             if count := self.on(place):
                 records = next(slot.records for slot in self.slots if slot.device == place)
                 lines.append(
-                    f"{device.name}: {count} {'worker' if count == 1 else 'workers'}, {records} records at once,"
-                    f" {size_text(self.planned(place))} of {size_text(device.memory)}"
+                    f"{device.name}: {count} {'worker' if count == 1 else 'workers'}, {records} records at once"
+                    + (f", {size_text(self.planned(place))} of {size_text(device.memory)}" if device.memory else "")
                 )
         return [*lines, *self.notes]
 
@@ -208,6 +219,17 @@ def _too_little(devices: Sequence[Device], footprint: Footprint, would: Mapping[
         f" the largest is {largest.name} with {size_text(largest.memory)} free, of which {SAFE:.0%} are planned with;"
         f" what would fit: {', or '.join(fits) or 'a smaller base or a shorter data.max_length'}"
     )
+
+
+def on_cluster(address: str, footprint: Footprint, *, records: int, workers: int = 1) -> Plan:
+    """The plan for a Ray cluster, which places its workers itself, a processor for each; `workers` are known later."""
+    slots = tuple(Slot(0, place, records) for place in range(workers))
+    return Plan(1, (Device(f"Ray cluster at {address}", 0),), slots, footprint)
+
+
+def more_careful(one: Plan, other: Plan) -> Plan:
+    """That of two plans which also does for the other's federation."""
+    return min(one, other, key=lambda plan: (plan.workers, plan.slots[0].records, -plan.footprint.at(1)))
 
 
 def longest_first(work: Mapping[str, float]) -> list[str]:

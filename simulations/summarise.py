@@ -19,7 +19,7 @@ from common.metrics import better, figures
 from common.privacy.accounting import Steps, prv_epsilon, rdp_epsilon
 from common.progress import SumOpened, WorkersPlanned
 from common.secure_sum.thresholds import least_survivors, threshold
-from server.coordinator import Coordinator, StoredRound
+from server.coordinator import Coordinator, SiteAnswer, StoredRound
 from simulations.placing import MemoryFinds
 from simulations.sites import FederationData, label_counts
 from simulations.slots import Plan
@@ -110,8 +110,12 @@ def site_facts(
 ) -> list[SiteFacts]:
     """One row for each site."""
     facts = []
+    by_site: dict[str, dict[int, SiteAnswer]] = {}
+    for done in rounds:
+        for answer in done.answers:
+            by_site.setdefault(answer.site, {})[done.number] = answer
     for site, records in data.train.items():
-        answers = {done.number: answer for done in rounds for answer in done.answers if answer.site == site}
+        answers = by_site.get(site, {})
         measured = [done.counts.get(site) for done in rounds]
         held_out = data.held_out.get(site, [])
         facts.append(
@@ -228,7 +232,9 @@ def comparison(
     if compared:
         rows.append(compared)
     if centralised:
-        rows.append(TableRow(name="centralised", figures=centralised, examples_seen=own * max(1, len(alone))))
+        rows.append(
+            TableRow(name="centralised", figures=centralised, examples_seen=own * max(1, section.invited(len(alone))))
+        )
     return rows
 
 

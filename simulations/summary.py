@@ -18,7 +18,9 @@ __all__ = [
     "Halving",
     "MachineFacts",
     "MemoryFacts",
+    "OperatorFacts",
     "PrivacyFacts",
+    "ProfileFacts",
     "RoundFacts",
     "RunSummary",
     "SiteFacts",
@@ -82,7 +84,9 @@ class SiteFacts(Facts):
     held_out: int
     units: int
     labels: dict[str, int]
-    train_loss: list[float | None] = Field(description="mean loss of each round from round 1; null where it sat out")
+    train_loss: list[float | None] = Field(
+        description="mean loss of each round from round 1; null where it sat out, or was not invited"
+    )
     validation: list[Figures | None] = Field(
         description="figures of each round's adapter on the site's held-out records, from round 0; null: unknown"
     )
@@ -227,7 +231,7 @@ class ComparedFacts(Facts):
 class SecureSumFacts(Facts):
     """What the coordinator could learn, and over whom the sums were."""
 
-    sites: int = Field(description="sites of the federation")
+    sites: int = Field(description="sites that a round invites: all, or training.participants")
     least_survivors: int = Field(description="fewest sites in a sum; with fewer nothing is opened")
     threshold: int = Field(description="sites that must sign one list of survivors before anything is revealed")
     max_colluding: int = Field(description="so many sites may work together with the coordinator")
@@ -235,6 +239,25 @@ class SecureSumFacts(Facts):
     bytes_per_value: float = Field(description="bytes that a value takes on the wire")
     sums: int = Field(description="sums that were opened")
     fewest: int | None = Field(description="fewest sites in one of them; null: none was opened")
+
+
+class OperatorFacts(Facts):
+    """An operator of a profile: its share of all operators' own time, without what they call."""
+
+    name: str
+    words: str
+    share: float
+    calls: int
+
+
+class ProfileFacts(Facts):
+    """What `--profile` found in one site's first steps; the trace lies in `profile/trace.json` beside the summary."""
+
+    site: str
+    steps: int
+    seconds: float
+    device: str
+    operators: list[OperatorFacts] = Field(description="the costliest ones, the costliest first")
 
 
 class RunSummary(Facts):
@@ -269,4 +292,5 @@ class RunSummary(Facts):
     timing: Timing
     machine: MachineFacts
     memory: MemoryFacts | None = Field(None, description="null: a run from before memory was planned")
+    profile: ProfileFacts | None = Field(None, description="null: the run was not profiled")
     seeds: int = Field(1, description="number of seeds behind the figures")

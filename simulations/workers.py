@@ -14,7 +14,10 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["SLOTS", "end_workers", "start_workers", "worker_begins", "worker_starts"]
+from common.config.simulation import SimulationSection
+from common.errors import RunError
+
+__all__ = ["SLOTS", "cluster_size", "end_workers", "start_workers", "worker_begins", "worker_starts"]
 
 # Environment variable with `sys.path` of the process that started the workers, as JSON.
 PATH = "COADAPT_PATH"
@@ -25,6 +28,9 @@ SITES = "COADAPT_SITES"
 # Environment variable with the folder of the plan's slots (`simulations/seats.py`).
 SLOTS = "COADAPT_SLOTS"
 
+# Environment variables with the number of threads of a worker.
+THREADS = ("COADAPT_THREADS", "OMP_NUM_THREADS")
+
 # Of "ray::ClientAppActor.run()" Linux keeps fifteen characters as the process's name.
 NAME = "ray::ClientAppA"
 
@@ -32,38 +38,65 @@ NAME = "ray::ClientAppA"
 PATIENCE = 5.0
 
 
-def start_workers(count: int, *, preload: Path) -> None:
-    """Start Ray for `count` workers on this machine, before Flower would; where Ray runs already it is left as it is.
+def start_workers(count: int, *, sites: Path, slots: Path | None = None, address: str | None = None) -> None:
+    """Start Ray for `count` workers on this machine, before Flower would, or join the cluster at `address`, which has
+    workers of its own; where this process has Ray already it is left as it is.
 
-    Each takes a slot of the plan in the folder `preload` and loads the base for the sites there at once, while Flower
-    starts.
+    Each worker loads the base for the folder `sites` at once, while Flower starts; with `slots` it takes one of the
+    plan's before (`simulations/seats.py`).
 
     Ray takes SIGTERM over and ends the process on it in the middle of things; the handlers from before are put back.
+
+    Raises:
+        RunError: there is no cluster at the address.
     """
     import ray  # late: it takes a second
 
     if ray.is_initialized():
         return
+    places = {SITES: str(sites)}
+    if slots is not None:  # Ray must not hide the GPU that a slot gave
+        places |= {SLOTS: str(slots), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if address is not None:  # its machines do not have this process's environment
+        places |= {name: os.environ[name] for name in THREADS if name in os.environ}
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(
-        address="local",
-        num_cpus=count,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={
-            "env_vars": {
-                PATH: json.dumps(sys.path),
-                SITES: str(preload),
-                SLOTS: str(preload / "slots"),
-                "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray hides the GPU that a slot gave
+    try:
+        ray.init(
+            address=address or "local",
+            num_cpus=None if address else count,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={
+                "env_vars": {PATH: json.dumps(sys.path), **places},
+                "worker_process_setup_hook": "simulations.workers.worker_starts",
             },
-            "worker_process_setup_hook": "simulations.workers.worker_starts",
-        },
-    )
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+        )
+    except (ConnectionError, ValueError) as error:
+        if address is None:
+            raise
+        raise RunError(
+            f"simulation.ray_address: no Ray cluster answers at {address}; start one with `ray start --head`"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():
+                signal.signal(number, handler)
+
+
+def cluster_size(section: SimulationSection) -> tuple[int, float]:
+    """Workers that the joined cluster has room for, and the share of a GPU that each gets; 0 where it has none.
+
+    A worker takes a processor, and where GPUs are wanted as much of one as `slots_per_gpu` says, on auto a whole one.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
+    if not gpus or section.gpus == 0:
+        return max(1, cores), 0.0
+    slots = 1 if section.slots_per_gpu == "auto" else section.slots_per_gpu
+    return max(1, min(cores, gpus * slots)), 1 / slots
 
 
 def worker_starts() -> None:

@@ -1,6 +1,5 @@
 """The manifest's table of distillation: how small the compact model is to be, and what it may lose."""
 
-from fractions import Fraction as Ratio
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -16,7 +15,11 @@ Export = Literal["safetensors", "adapter", "onnx", "onnx-int8", "onnx-int4", "gg
 class DistillationSection(Section):
     """From a run's base and adapter to a compact model. Public text alone is read; choices are made on dev."""
 
-    size: Share = Field("1/5", description="parameters of the compact model as a share of the teacher's, '1/N'")
+    size: Share | Literal["auto"] = Field(
+        "1/5",
+        description="parameters of the compact model as a share of the teacher's, '1/N'; auto: the smallest of 1/20,"
+        " 1/10, 1/5 and 1/3 that loses at most max_loss, each trained in turn",
+    )
     max_loss: float = Field(
         0.02,
         ge=0,
@@ -68,8 +71,3 @@ class DistillationSection(Section):
         if self.from_scratch and self.vocabulary == "keep":
             raise ValueError("vocabulary must be 'auto' or a number with from_scratch, which makes a new one")
         return self
-
-    @property
-    def ratio(self) -> Ratio:
-        """`size` as a number."""
-        return Ratio(self.size)

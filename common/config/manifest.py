@@ -7,7 +7,7 @@ This file knows the fields, their units and ranges. Reading TOML, `--set` and er
 import hashlib
 import json
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -241,6 +241,17 @@ class TrainingSection(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the first adapter, and of a simulation's batches")
+    participants: Literal["all"] | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        "all",
+        description="sites that a round invites: all, so many, or a share of them, drawn anew for every round from the"
+        " seed; with privacy a site pays for the rounds it trains in, each in full: the draw is no protection",
+    )
+
+    def invited(self, sites: int) -> int:
+        """How many of so many sites a round invites; a share gives the nearest number, and at least one."""
+        if isinstance(self.participants, str):
+            return sites
+        return self.participants if isinstance(self.participants, int) else max(1, round(self.participants * sites))
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> Self:
@@ -480,6 +491,16 @@ class Manifest(Section):
         return self
 
     @model_validator(mode="after")
+    def _enough_sites_are_invited(self) -> Self:
+        asked, least = self.training.participants, self.least_participants
+        if isinstance(asked, int) and asked < least:
+            raise ValueError(
+                f"training.participants must be at least {least}, as secure_sum.min_sites and aggregation.min_sites"
+                f" want, found {asked}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _nothing_private_chooses(self) -> Self:
         if self.privacy is not None and self.evaluation.select == "best" and self.evaluation.public is None:
             raise ValueError(
@@ -514,6 +535,12 @@ class Manifest(Section):
                 " adapter on; without one, aggregation.max_norm guards"
             )
         return self
+
+    @property
+    def least_participants(self) -> int:
+        """Fewest sites that a round must invite, where it does not invite all."""
+        crowd = self.secure_sum.min_sites if self.secure_sum.enabled else 1
+        return max(crowd, self.aggregation.min_sites)
 
     @property
     def aggregation_method(self) -> str:

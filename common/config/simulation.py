@@ -48,6 +48,12 @@ class SimulationSection(Section):
     slots_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="workers on each GPU; auto: as many as its memory holds"
     )
+    ray_address: str | None = Field(
+        None,
+        min_length=1,
+        description="address of a running Ray cluster, HOST:PORT; its machines need this Coadapt, the base, and"
+        " this machine's temporary folder and runs under the same paths; none: Ray is started here for the run",
+    )
     baselines: bool = Field(False, description="also train each site alone, and all records in one place")
     compare: tuple[str, ...] = Field(
         (),

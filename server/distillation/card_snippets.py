@@ -114,8 +114,11 @@ def _reader(model: DomainModel, file: str) -> str:
             "print([(piece, labels[best]) for piece, best in zip(rows[0].tokens, logits[0].argmax(-1))])",
         ),
     }[kind]
-    start = "import json\nfrom pathlib import Path\n\n" if "json." in names else ""
-    return f"""{start}import numpy as np
+    start = "import json\nimport os\nfrom pathlib import Path\n" if "json." in names else "import os\n"
+    return f"""{start}
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime reports to its makers
+
+import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
@@ -133,7 +136,11 @@ logits = session.run(["logits"], {{"input_ids": ids, "attention_mask": mask}})[0
 
 
 def _writer(model: DomainModel, file: str) -> str:
-    return f"""import numpy as np
+    return f"""import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime reports to its makers
+
+import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 

@@ -2,7 +2,7 @@
 
 <model>/config.json         the transformer's configuration, as the transformers library writes it
 <model>/model.safetensors   its weights under the library's own names: AutoModel, AutoModelForTokenClassification or
-                            AutoModelForCausalLM read the folder where no heads were pruned
+                            AutoModelForCausalLM read the folder where no heads were pruned and no words made narrow
 <model>/head.safetensors    text classification: weight [labels, width] and bias [labels] of the linear head
 <model>/tokenizer.json ...  the tokenizer
 <model>/coadapt.json        the manifest, pooling, digests of the files above, and facts of how it was made
@@ -33,6 +33,7 @@ from common.durable import new_folder, write_text
 from common.errors import DistillationError
 from common.models import PooledClassifier, Pooling
 from common.tasks.task import Task, make_task
+from server.distillation.embedding_rows import NarrowEmbedding
 
 __all__ = ["DomainModel", "load_model", "save_model", "sha256", "stored_facts"]
 
@@ -80,7 +81,9 @@ def save_model(folder: Path, model: DomainModel, facts: Mapping[str, Any]) -> No
     with new_folder(folder) as part:
         cast(Any, body.config).save_pretrained(part)
         save_file(_own_tensors(body), part / "model.safetensors", metadata={"format": "pt"})
-        written: dict[str, Any] = {"format": 1, "manifest": model.manifest.model_dump(mode="json")}
+        # Who played which site on one machine is no fact of the model.
+        manifest = model.manifest.model_copy(update={"simulation": None})
+        written: dict[str, Any] = {"format": 1, "manifest": manifest.model_dump(mode="json")}
         if isinstance(network, PooledClassifier):
             save_file(_own_tensors(network.head), part / "head.safetensors", metadata={"format": "pt"})
             written["pooling"] = network.pooling
@@ -142,6 +145,10 @@ def _network(config: Any, manifest: Manifest, pooling: Pooling | None) -> nn.Mod
 
 def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put the tensors in; layers take the shapes of what is stored, since pruned heads have no place in a config."""
+    for name, module in list(network.named_modules()):
+        narrow = [state.get(f"{name}.{part}.weight") for part in ("table", "widen")]
+        if isinstance(module, nn.Embedding) and narrow[0] is not None and narrow[1] is not None:
+            network.set_submodule(name, NarrowEmbedding.of(narrow[0], narrow[1], module.padding_idx))
     for name, module in network.named_modules():
         weight = state.get(f"{name}.weight")
         if weight is not None and isinstance(module, nn.Linear | nn.Embedding) and weight.shape != module.weight.shape:

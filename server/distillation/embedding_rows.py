@@ -9,17 +9,40 @@ from torch import Tensor, nn
 from common.errors import DistillationError
 from common.models import body_of
 
-__all__ = ["embedding_of", "output_head_of", "with_rows"]
+__all__ = ["NarrowEmbedding", "embedding_of", "output_head_of", "with_rows"]
+
+
+class NarrowEmbedding(nn.Module):
+    """An embedding of narrow rows, `table` [pieces, rank], and the matrix `widen` [width, rank] behind it."""
+
+    def __init__(self, pieces: int, rank: int, width: int, padding_idx: int | None) -> None:
+        super().__init__()
+        self.table = nn.Embedding(pieces, rank, padding_idx=padding_idx)
+        self.widen = nn.Linear(rank, width, bias=False)
+
+    @classmethod
+    def of(cls, table: Tensor, widen: Tensor, padding_idx: int | None) -> "NarrowEmbedding":
+        """One with these values."""
+        made = cls(len(table), table.shape[1], len(widen), padding_idx)
+        made.table.weight = nn.Parameter(table.contiguous(), requires_grad=False)
+        made.widen.weight = nn.Parameter(widen.contiguous(), requires_grad=False)
+        return made
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Vectors [..., width] of the pieces `ids` [...]."""
+        return cast(Tensor, self.widen(self.table(ids)))
 
 
 def embedding_of(network: nn.Module) -> nn.Embedding:
-    """The layer that token ids enter by.
+    """The layer that token ids enter by: the table, where a matrix widens its rows.
 
     Raises:
         DistillationError: the network has none that is a table of rows.
     """
     body = cast(Any, body_of(network))
     layer = body.get_input_embeddings() if hasattr(body, "get_input_embeddings") else None
+    if isinstance(layer, NarrowEmbedding):
+        return layer.table
     if not isinstance(layer, nn.Embedding):
         raise DistillationError(
             f"the vocabulary of {type(body).__name__} cannot change: its input layer is a"

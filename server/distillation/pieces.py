@@ -6,6 +6,7 @@ Knows WordPiece, BPE (of bytes or of characters) and Unigram; knows nothing of c
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -60,6 +61,9 @@ def rewrapped(backend: Tokenizer, like: PreTrainedTokenizerBase) -> PreTrainedTo
     return cast(PreTrainedTokenizerBase, PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **options))
 
 
+_FREE = re.compile(r"\[unused\d+\]|<unused\d+>|<0x[0-9A-F]{2}>")
+
+
 class Pieces:
     """The vocabulary of one tokenizer, taken apart.
 
@@ -96,6 +100,13 @@ class Pieces:
     def id_of(self, piece: str) -> int | None:
         """The id of a piece or added token, None where there is none."""
         return self._added.get(piece, self._ids.get(piece))
+
+    def is_word(self, index: int) -> bool:
+        """Whether a piece is several characters of text: no single character, added token or place kept free."""
+        piece = self.names[index]
+        lead = self._model.get("continuing_subword_prefix") or ""
+        body = piece.removeprefix(lead) if lead else piece
+        return len(body) > 1 and piece not in self._added and not _FREE.fullmatch(piece)
 
     def required(self, *, characters: bool) -> set[int]:
         """Ids without which some text could not be written as before.

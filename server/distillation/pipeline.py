@@ -8,10 +8,13 @@ import copy
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from common.errors import DistillationError
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import DistillationError, SizeNotMet
 from common.records import Record
 from server.assessment.timing import latency, one_thread, texts_of
 from server.distillation.corpus import Corpus, texts_in
@@ -19,10 +22,12 @@ from server.distillation.domain_model import DomainModel
 from server.distillation.exports import Exported, export
 from server.distillation.fresh_tokenizer import train_tokenizer
 from server.distillation.measuring import Measured, agreement, figures_of, predictions_of
-from server.distillation.planning import LEAST_PIECES, most_pieces
+from server.distillation.narrow_words import narrow_words
+from server.distillation.planning import LEAST_PIECES, SIZES, general_pieces, most_pieces, narrow_rank
 from server.distillation.pruning import head_and_column_importance, prune
 from server.distillation.student import from_scratch, keep_layers, keep_positions, shape_for
 from server.distillation.term_search import find_terms
+from server.distillation.term_trial import try_terms
 from server.distillation.terms import add_terms, new_terms, read_terms
 from server.distillation.training import distil
 from server.distillation.verdict import judge
@@ -58,16 +63,28 @@ class Distilled:
 
 @dataclass
 class _Work:
-    """What the steps share: the teacher, the student as it is now, and the lines so far."""
+    """What the steps share: the teacher, the student as it is now, and the lines so far.
+
+    `without_terms` is the student as it would be without whole terms, while it is open whether they pay.
+    """
 
     teacher: DomainModel
     data: Data
     listen: Callable[[Measured], None]
+    ratio: Fraction
     student: DomainModel
+    without_terms: DomainModel | None = None
     teacher_said: list[Any] = field(default_factory=list)
     lines: list[Measured] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
+    suffix: str = ""
+
+    def attempt(self, ratio: Fraction) -> None:
+        """Begin again with the teacher, for another size."""
+        self.ratio, self.suffix = ratio, f" at {ratio}"
+        self.student, self.without_terms = self.teacher, None
+        self.facts, self.made = {}, []
 
     def measure(self, step: str, model: DomainModel, began: float, note: str, *, size: int | None = None) -> Measured:
         """Measure a step's model and tell of it; `size` are the bytes of an export."""
@@ -76,7 +93,7 @@ class _Work:
         said = predictions_of(model, held_out) if held_out else []
         timed = texts_of(list(held_out or self.data.dev or self.data.corpus.train)[:TIMED])
         line = Measured(
-            step=step,
+            step=step if size is not None else f"{step}{self.suffix}",
             parameters=model.parameters if size is None else None,
             bytes=4 * model.parameters if size is None else size,
             dev=figures_of(model, self.data.dev),
@@ -118,27 +135,57 @@ def distil_to(
     """
     if folder.exists():
         raise DistillationError(f"{folder} exists already; a model never replaces another: choose another --out")
-    work = _Work(teacher, data, listen, teacher)
+    settings, metric = teacher.manifest.distillation, teacher.manifest.metrics[0]
+    work = _Work(teacher, data, listen, max(SIZES) if settings.size == "auto" else Fraction(settings.size), teacher)
     # 1. The teacher, which everything is held against.
     work.measure("teacher", teacher, time.monotonic(), "base and adapter, merged")
+    # 2. to 4. A student of the wanted size, or of the smallest that loses no more than it may.
+    if settings.size == "auto":
+        _smallest(work, only)
+    else:
+        _compact(work, only)
+    # 5. Files, each compared with its source and measured; the model card.
+    _export(work, folder, origin or {})
+    verdict, met = judge(work.lines, settings, metric, ratio=work.ratio)
+    return Distilled(steps=tuple(work.lines), verdict=verdict, met=met)
+
+
+def _compact(work: _Work, only: Collection[str]) -> None:
+    """Steps 2 to 4, for the size that `work` is at."""
     # 2. The words: a vocabulary of the domain, and its terms as single tokens.
-    if teacher.manifest.distillation.from_scratch:
+    if work.teacher.manifest.distillation.from_scratch:
         _fresh_student(work)
     else:
         if "vocabulary" in only:
             _trim(work)
         if "terms" in only:
             _insert_terms(work)
-        # 3. The shape: fewer layers, heads and columns, copied from the teacher.
+        # 3. The shape: words in fewer dimensions, fewer layers, heads and columns, copied from the teacher.
         if "student" in only:
             _shrink(work)
     # 4. What was lost is learnt again from the teacher.
     if "train" in only:
         _train(work)
-    # 5. Files, each compared with its source and measured; the model card.
-    _export(work, folder, origin or {})
-    verdict, met = judge(work.lines, teacher.manifest.distillation, teacher.manifest.metrics[0])
-    return Distilled(steps=tuple(work.lines), verdict=verdict, met=met)
+
+
+def _smallest(work: _Work, only: Collection[str]) -> None:
+    """Sizes from the smallest on, until one loses no more than `max_loss`; the largest stays if none does."""
+    settings, metric = work.teacher.manifest.distillation, work.teacher.manifest.metrics[0]
+    if not {"student", "train"} <= set(only):
+        raise DistillationError(
+            "distillation.size 'auto' trains students until one is good enough, so it needs the steps student and"
+            " train; name both with --only, or set a size such as '1/10'"
+        )
+    for ratio in SIZES:
+        work.attempt(ratio)
+        try:
+            _compact(work, only)
+        except SizeNotMet:
+            if ratio == max(SIZES):
+                raise
+            continue
+        if judge(work.lines, settings, metric, ratio=ratio)[1]:
+            return
 
 
 def _trim(work: _Work) -> None:
@@ -146,7 +193,7 @@ def _trim(work: _Work) -> None:
     if settings.vocabulary == "keep":
         return
     began, texts = time.monotonic(), texts_in(work.data.corpus.train)
-    most = most_pieces(work.teacher, settings.ratio)
+    most = most_pieces(work.teacher, work.ratio)
     trimmed = trim(
         work.student.tokenizer,
         texts,
@@ -154,6 +201,7 @@ def _trim(work: _Work) -> None:
         coverage=settings.coverage,
         least=min(LEAST_PIECES, most),
         most=most,
+        fill=general_pieces(work.teacher, work.ratio),
         characters="seen",
     )
     found = measure_coverage(work.student.tokenizer, trimmed.tokenizer, texts_in(work.data.corpus.held_out))
@@ -166,59 +214,72 @@ def _trim(work: _Work) -> None:
 
 def _insert_terms(work: _Work) -> None:
     """Terms go in before training, which teaches them; inserted afterwards they cost more than they save."""
-    wanted = work.student.manifest.distillation.terms
-    if wanted == 0:
-        return
     began, tokenizer = time.monotonic(), work.student.tokenizer
-    terms = (
-        read_terms(Path(wanted))
-        if isinstance(wanted, str)
-        else find_terms(texts_in(work.data.corpus.train), tokenizer, most=wanted)
-    )
+    terms = _wanted_terms(work, tokenizer)
+    if not terms:
+        return
+    work.without_terms = work.student
     work.student = add_terms(work.student, new_terms(tokenizer, terms))
     note = f"{len(work.student.tokenizer) - len(tokenizer):,} terms as single tokens"
     work.made.append(f"Before training, {note} were added.")
     work.measure("terms", work.student, began, note)
 
 
+def _wanted_terms(work: _Work, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    wanted = work.student.manifest.distillation.terms
+    if isinstance(wanted, str):
+        return read_terms(Path(wanted))
+    return find_terms(texts_in(work.data.corpus.train), tokenizer, most=wanted) if wanted else []
+
+
 def _shrink(work: _Work) -> None:
-    began, settings = time.monotonic(), work.student.manifest.distillation
-    shape = shape_for(
-        work.student,
-        settings.ratio,
-        of=work.teacher.parameters,
-        layers=None if settings.layers == "auto" else settings.layers,
-    )
-    shallow = keep_layers(work.student, shape.layers)
-    importance = head_and_column_importance(shallow, work.data.corpus.train[:WEIGHED])
-    work.student = prune(shallow, heads=shape.heads, columns=shape.columns, importance=importance)
-    note = f"{len(shape.layers)} layers of {shape.heads} heads and {shape.columns} columns"
+    began = time.monotonic()
+    work.student, note = _shrunk(work, work.student)
+    if work.without_terms is not None:
+        work.without_terms = _shrunk(work, work.without_terms)[0]
     work.made.append(f"Of the teacher's layers, heads and feed-forward columns the important ones stayed: {note}.")
     work.measure("student", work.student, began, note)
 
 
+def _shrunk(work: _Work, model: DomainModel) -> tuple[DomainModel, str]:
+    """The model with the shape that the wanted size leaves, and that shape in words."""
+    corpus, settings, whole = work.data.corpus.train, model.manifest.distillation, work.teacher.parameters
+    rank = narrow_rank(model, work.ratio, of=whole)
+    if rank is not None:
+        model = narrow_words(model, rank, texts_in(corpus))
+    layers = None if settings.layers == "auto" else settings.layers
+    shape = shape_for(model, work.ratio, of=whole, layers=layers)
+    shallow = keep_layers(model, shape.layers)
+    importance = head_and_column_importance(shallow, corpus[:WEIGHED])
+    note = f"{len(shape.layers)} layers of {shape.heads} heads and {shape.columns} columns"
+    if rank is not None:
+        note += f", words in {rank} dimensions"
+    return prune(shallow, heads=shape.heads, columns=shape.columns, importance=importance), note
+
+
 def _fresh_student(work: _Work) -> None:
     """A tokenizer of the corpus' own, and a small network that knows nothing yet."""
-    began, manifest = time.monotonic(), work.teacher.manifest
-    settings, texts = manifest.distillation, texts_in(work.data.corpus.train)
-    wanted = settings.terms
-    terms: list[str] = []
-    if wanted:
-        terms = (
-            read_terms(Path(wanted))
-            if isinstance(wanted, str)
-            else find_terms(texts, work.teacher.tokenizer, most=wanted)
-        )
-    budget = int(settings.ratio * work.teacher.parameters)
-    pieces = settings.vocabulary if isinstance(settings.vocabulary, int) else None
-    tokenizer = train_tokenizer(texts, kind="unigram", pieces=pieces, terms=terms, like=work.teacher.tokenizer)
-    work.student = from_scratch(manifest, tokenizer, parameters=budget)
-    note = f"{len(tokenizer):,} pieces, {len(terms):,} of them whole terms; random weights"
+    began = time.monotonic()
+    terms = _wanted_terms(work, work.teacher.tokenizer)
+    work.student = _from_scratch(work, terms)
+    if terms:
+        work.without_terms = _from_scratch(work, [])
+    note = f"{len(work.student.tokenizer):,} pieces, {len(terms):,} of them whole terms; random weights"
     work.made.append(f"Tokenizer and network were made afresh: {note}.")
     work.measure("student", work.student, began, note)
 
 
+def _from_scratch(work: _Work, terms: Sequence[str]) -> DomainModel:
+    manifest, texts = work.teacher.manifest, texts_in(work.data.corpus.train)
+    wanted = manifest.distillation.vocabulary
+    pieces = wanted if isinstance(wanted, int) else None
+    tokenizer = train_tokenizer(texts, kind="unigram", pieces=pieces, terms=terms, like=work.teacher.tokenizer)
+    return from_scratch(manifest, tokenizer, parameters=int(work.ratio * work.teacher.parameters))
+
+
 def _train(work: _Work) -> None:
+    if work.without_terms is not None:
+        _keep_terms_that_pay(work, work.without_terms)
     began, settings = time.monotonic(), work.student.manifest.distillation
     student = DomainModel(copy.deepcopy(work.student.network), work.student.tokenizer, work.student.manifest)
     work.student = distil(work.teacher, student, work.data.corpus, settings)
@@ -227,6 +288,16 @@ def _train(work: _Work) -> None:
     with_labels = f", {known:,} of them with labels" if known else " without labels"
     work.made.append(f"It learnt from the teacher's softened answers and hidden states in {note}{with_labels}.")
     work.measure("train", work.student, began, note)
+
+
+def _keep_terms_that_pay(work: _Work, without: DomainModel) -> None:
+    began = time.monotonic()
+    trial = try_terms(work.teacher, work.student, without, work.data.corpus, work.data.dev)
+    if not trial.pays:
+        work.student = without
+    done = f"terms {'stayed' if trial.pays else 'were dropped'}: {trial.told()}"
+    work.made.append(f"The {done}.")
+    work.measure("terms tried", work.student, began, done)
 
 
 def _export(work: _Work, folder: Path, origin: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from common.config.manifest import Manifest
-from common.errors import DistillationError
+from common.errors import DistillationError, SizeNotMet
 from common.models import PooledClassifier
 from common.randomness import seed_dropout
 from server.distillation.blocks import blocks_of, config_of, parts_of
@@ -102,7 +102,7 @@ def shape_for(model: DomainModel, ratio: Fraction, *, of: int, layers: int | Non
     instead.
 
     Raises:
-        DistillationError: not even the smallest shape is small enough; it says what is.
+        SizeNotMet: not even the smallest shape is small enough; it says what is.
     """
     parts = parts_of(model.network)
     most, budget = len(parts), math.floor(ratio * of)
@@ -120,7 +120,7 @@ def shape_for(model: DomainModel, ratio: Fraction, *, of: int, layers: int | Non
     wide = [shape for shape in deep if shape.heads >= LEAST_HEADS * parts[0].groups]
     if fitting:
         return (wide or deep[-1:] or fitting)[0]
-    raise DistillationError(
+    raise SizeNotMet(
         f"distillation.size: {ratio} of the teacher's {of:,} parameters are {budget:,}, but embeddings and the smallest"
         f" layers take {smallest:,}; {math.ceil(1000 * smallest / of) / 1000} of them or more can be met; for less set"
         " distillation.vocabulary to fewer pieces"
@@ -181,7 +181,7 @@ def from_scratch(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, para
     An encoder for the classification tasks (read by the mean of its tokens), a decoder with tied words for causal-lm.
 
     Raises:
-        DistillationError: the words alone take more than that.
+        SizeNotMet: the words alone take more than that.
     """
     best = None
     for heads in itertools.count(1):
@@ -192,7 +192,7 @@ def from_scratch(manifest: Manifest, tokenizer: PreTrainedTokenizerBase, *, para
             break
         best = config
     if best is None:
-        raise DistillationError(
+        raise SizeNotMet(
             f"distillation.size leaves {parameters:,} parameters, and a student with {len(tokenizer):,} pieces needs"
             f" {size:,} at least; ask for a larger size or for fewer pieces"
         )

@@ -56,15 +56,18 @@ def trim(
     coverage: float,
     least: int = 5000,
     most: int = 8000,
+    fill: int = 0,
     keep: Collection[str] = (),
     characters: Literal["all", "seen"] = "all",
 ) -> Trimmed:
     """The tokenizer with the `pieces` pieces that occur most in `texts`, those counted that every text needs.
 
     None: as many as cover the share `coverage` of the tokens of held-out texts, at least `least` of which the texts use
-    (or all of them), and at most `most` together. Pieces of the texts `keep` stay. Text whose pieces all stay is cut as
-    before; other text is cut into smaller pieces, never into unknown ones where it had none. characters="seen" gives
-    the last up for characters beyond ASCII that `texts` lack (BERT's vocabulary has over a thousand).
+    (or all of them), and at most `most` together; up to `fill` the tokenizer's first pieces join them, which are those
+    of text in general, for words of the domain that the corpus is too small to hold. Pieces of the texts `keep` stay.
+    Text whose pieces all stay is cut as before; other text is cut into smaller pieces, never into unknown ones where it
+    had none. characters="seen" gives the last up for characters beyond ASCII that `texts` lack (BERT's vocabulary has
+    over a thousand).
 
     Two passes: what is left out falls apart into smaller pieces, and these are counted too before the last choice.
 
@@ -96,6 +99,7 @@ def trim(
     else:
         wanted = _enough(tokenizer, table, texts, needed, coverage=coverage, least=least, most=most)
         chosen = _choice(tokenizer, table, texts, _count(tokenizer, texts, table), needed, wanted)
+        chosen = _filled(table, chosen, fill)
     backend, kept = table.reduced(chosen)
     return Trimmed(rewrapped(backend, tokenizer), kept)
 
@@ -217,6 +221,20 @@ def _by_count(table: Pieces, counts: Counts, needed: set[int], wanted: int) -> l
             chosen += more
             inside.update(more)
     return chosen
+
+
+def _filled(table: Pieces, chosen: list[int], size: int) -> list[int]:
+    """With the first words of the vocabulary until there are `size` pieces; its makers put usual ones in front."""
+    made, inside = list(chosen), set(chosen)
+    for index in sorted(table.names):
+        if len(made) >= size:
+            break
+        if table.is_word(index):
+            more = sorted(table.with_parts(index) - inside)
+            if len(made) + len(more) <= size:
+                made += more
+                inside.update(more)
+    return made
 
 
 def _count(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], table: Pieces) -> Counts:

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.config.manifest import Manifest
 from simulations.app import THREADS
-from simulations.engine import Plan
+from simulations.slots import Plan
 
 __all__ = ["plain_client", "run_plain"]
 
@@ -99,6 +99,8 @@ def run_plain(app: Any, manifest: Manifest, sites: Path, base: Path, plan: Plan)
             return result
 
     server = ServerApp()
+    count = len(list(sites.glob("[0-9]*"))) - 1  # the pooled folder is no client
+    invited = manifest.training.invited(count)
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
@@ -118,13 +120,14 @@ def run_plain(app: Any, manifest: Manifest, sites: Path, base: Path, plan: Plan)
                 "precision": "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32",
             }
         )
-        strategy = Timed(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=1)
+        strategy = Timed(
+            fraction_train=invited / count, fraction_evaluate=0.0, min_train_nodes=invited, min_available_nodes=count
+        )
         strategy.start(grid, arrays, num_rounds=manifest.training.rounds, train_config=config)
 
     os.environ[THREADS] = str(plan.threads)
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)
     init: dict[str, Any] = {"num_cpus": plan.workers, "log_to_driver": False, "logging_level": "ERROR"}
-    count = len(list(sites.glob("[0-9]*"))) - 1  # the pooled folder is no client
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": plan.gpu_share}
     run_simulation(server, app, count, backend_config={"client_resources": resources, "init_args": init})
     return ended[-1], seconds

@@ -5,7 +5,7 @@ runs from the first client call to the end of the last round. What comes before 
 Ray's and Flower's, and in ours the base, which every worker loads once as it starts. Out of workers x clock, the time
 in training steps is taken; what is left, for each client and round, is the figure. Runs alternate A B A B; the median
 of each is reported. The plain app averages in the clear, and so does ours where the two are compared; ours with secure
-sums, its default, stands beside them.
+sums, its default, stands beside them, and its peak of memory; with many sites also beside that of a run with fewer.
 """
 
 import json
@@ -14,21 +14,26 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from common.config.manifest import Manifest
 from common.flower import ClientApp, Context, Message, quiet
 from simulations.app import client
+from simulations.benchmarks.memory import PeakMemory
 from simulations.benchmarks.plain_flower import plain_client, run_plain
 from simulations.contracts import LABELS, records
 from simulations.engine import Run, start_flower
 from simulations.sites import lay_out
+from simulations.tiny_base import make_encoder
 
-__all__ = ["measure_simulation"]
+__all__ = ["Size", "measure_simulation"]
 
 REPETITIONS = 2
+
+# Sites of the run whose memory that of more sites is compared with.
+FEW_SITES = 100
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,20 @@ class Stamped:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one run, for each client and round: outside training steps, in the call, in steps; and start-up."""
+    """Seconds of one run, for each client and round: outside training steps, in the call, in steps; and start-up.
+
+    `rate` is client calls of rounds in a minute, after start-up."""
 
     outside: float
     call: float
     training: float
     startup: float
+    rate: float
+
+    @property
+    def share(self) -> float:
+        """The share of the workers' time that went into training steps, after start-up."""
+        return self.training / (self.training + self.outside)
 
 
 @dataclass(frozen=True)
@@ -67,22 +80,56 @@ class Timed:
     workers: int
 
 
-def measure_simulation(*, sites: int, rounds: int, repetitions: int = REPETITIONS) -> dict[str, float]:
-    """The figures of `coadapt bench simulation`, medians of so many turns of all three."""
+@dataclass(frozen=True)
+class Size:
+    """What is measured: `participants` of `sites` train so many steps in each round; None: all do. `tiny` takes an
+    untrained base of two layers in place of the default base."""
+
+    sites: int
+    rounds: int
+    participants: int | None = None
+    local_steps: int = 1
+    tiny: bool = False
+
+
+def measure_simulation(size: Size, *, repetitions: int = REPETITIONS) -> dict[str, float]:
+    """The figures of `coadapt bench simulation`, medians of so many turns of all three.
+
+    Raises:
+        ManifestError: so many participants cannot be.
+    """
     quiet()
-    manifest, masked = (_manifest(sites, rounds, secure_sum=on) for on in (False, True))
+    with tempfile.TemporaryDirectory(prefix="coadapt-bench-") as folder:
+        base = str(make_encoder(Path(folder) / "base")) if size.tiny else None
+        return _measured(size, base, repetitions)
+
+
+def _measured(size: Size, base: str | None, repetitions: int) -> dict[str, float]:
+    manifest, masked = (_manifest(size, base, secure_sum=on) for on in (False, True))
+    few = 0.0
+    if size.sites > FEW_SITES:  # before the others: what a process keeps of its runs would flatter a later one
+        fewer = replace(size, sites=FEW_SITES)
+        with PeakMemory() as peak:
+            _timed(_ours, _manifest(fewer, base, secure_sum=True))
+        few = float(peak.bytes)
     ours: list[Cost] = []
     plain: list[Cost] = []
     secure: list[Cost] = []
-    for _ in range(repetitions):
-        for costs, run, agreed in ((ours, _ours, manifest), (plain, _plain, manifest), (secure, _ours, masked)):
-            costs.append(_timed(run, agreed))
+    memory = 0.0
+    for turn in range(repetitions):
+        with PeakMemory() as peak:
+            secure.append(_timed(_ours, masked))
+        memory = memory if turn else float(peak.bytes)
+        ours.append(_timed(_ours, manifest))
+        plain.append(_timed(_plain, manifest))
     outside, plain_outside, secure_outside = (
         statistics.median(cost.outside for cost in costs) for costs in (ours, plain, secure)
     )
     return {
-        "sites": float(sites),
-        "rounds": float(rounds),
+        "sites": float(size.sites),
+        "rounds": float(size.rounds),
+        "participants": float(manifest.training.invited(size.sites)),
+        "local_steps": float(size.local_steps),
         "outside_training_seconds": round(outside, 4),
         "plain_outside_training_seconds": round(plain_outside, 4),
         "secure_outside_training_seconds": round(secure_outside, 4),
@@ -93,20 +140,39 @@ def measure_simulation(*, sites: int, rounds: int, repetitions: int = REPETITION
         "plain_training_seconds": round(statistics.median(cost.training for cost in plain), 4),
         "startup_seconds": round(statistics.median(cost.startup for cost in ours), 4),
         "plain_startup_seconds": round(statistics.median(cost.startup for cost in plain), 4),
+        "training_share": round(statistics.median(cost.share for cost in ours), 4),
+        "plain_training_share": round(statistics.median(cost.share for cost in plain), 4),
+        "secure_training_share": round(statistics.median(cost.share for cost in secure), 4),
+        "client_rounds_per_minute": round(statistics.median(cost.rate for cost in ours), 2),
+        "plain_client_rounds_per_minute": round(statistics.median(cost.rate for cost in plain), 2),
+        "secure_client_rounds_per_minute": round(statistics.median(cost.rate for cost in secure), 2),
+        "peak_memory_bytes": memory,
+        **({"peak_memory_times_100_sites": round(memory / few, 4)} if few else {}),
     }
 
 
-def _manifest(sites: int, rounds: int, *, secure_sum: bool) -> Manifest:
-    """The default base on the default scenario's clauses, dealt evenly; nothing is held out, so nothing is measured."""
+def _manifest(size: Size, base: str | None, *, secure_sum: bool) -> Manifest:
+    """A base (None: the default one) on the default scenario's clauses, dealt evenly; nothing is held out, so nothing
+    is measured."""
     values: Mapping[str, Any] = {
         "version": 1,
         "name": "bench",
         "task": {"kind": "text-classification", "labels": list(LABELS)},
         "data": {"max_length": 96},
-        "training": {"rounds": rounds, "local_steps": 1, "batch_size": 8},
+        "model": {"base": base} if base else {},
+        "training": {
+            "rounds": size.rounds,
+            "local_steps": size.local_steps,
+            "batch_size": 8,
+            "participants": size.participants or "all",
+        },
         "evaluation": {"holdout": 0.0},
         "secure_sum": {"enabled": secure_sum},
-        "simulation": {"sites": sites, "source": "simulations.benchmarks.simulation:clauses", "test_fraction": 0.0},
+        "simulation": {
+            "sites": size.sites,
+            "source": "simulations.benchmarks.simulation:clauses",
+            "test_fraction": 0.0,
+        },
     }
     return Manifest.model_validate_json(json.dumps(values))
 
@@ -132,6 +198,7 @@ def _timed(run: Callable[[Manifest, Path], Timed], manifest: Manifest) -> Cost:
         call=(inside - training) / count,
         training=training / count,
         startup=began - timed.launched,
+        rate=60 * count / (timed.ended - began),
     )
 
 

@@ -150,6 +150,10 @@ QUICK_COMMANDS = (
     "coordinator renew --home c",
     "coordinator revoke quick --yes --home c",
     "coordinator stop --home c",
+    "runs",
+    "runs compare none other",
+    "runs clean none",
+    "watch none",
 )
 
 

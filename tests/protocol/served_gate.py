@@ -5,10 +5,11 @@ import http.client
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import create_connection, socket
+from socket import SO_REUSEADDR, SOL_SOCKET, create_connection, socket
 from typing import Any
 
 import uvicorn
@@ -30,10 +31,25 @@ ANSWER = [
 ]
 
 
-def free_port() -> int:
-    with socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
+class Place:
+    """A port of loopback that is held from now on: between finding a free one and listening another could take it."""
+
+    def __init__(self) -> None:
+        self._socket = self._bound(0)
+        self.port = int(self._socket.getsockname()[1])
+
+    def socket(self) -> socket:
+        """Bound to the port; whoever listened closes it, and then it is taken anew."""
+        if self._socket.fileno() < 0:
+            self._socket = self._bound(self.port)
+        return self._socket
+
+    def _bound(self, port: int) -> socket:
+        made = socket()
+        made.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+        made.bind(("127.0.0.1", port))
+        weakref.finalize(self, made.close)
+        return made
 
 
 @dataclass
@@ -55,8 +71,8 @@ class Upstream:
 
 
 @contextlib.contextmanager
-def running(server: uvicorn.Server) -> Iterator[None]:
-    thread = threading.Thread(target=server.run)
+def running(server: uvicorn.Server, place: Place) -> Iterator[None]:
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place.socket()]})
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started and time.monotonic() < deadline:
@@ -74,8 +90,9 @@ class Served:
     """Gate and dummy; what is given goes to `make_gate`."""
 
     def __init__(self, folder: Path, *, log: Log | None = None, rate: float = 50.0, **options: Any) -> None:
-        self.upstream, self.port = Upstream(), free_port()
-        address, above = f"127.0.0.1:{self.port}", free_port()
+        self.upstream, self._places = Upstream(), (Place(), Place())
+        self.port, above = (place.port for place in self._places)
+        address = f"127.0.0.1:{self.port}"
         self.home: CoordinatorHome = new_coordinator(
             folder / "home",
             address=address,
@@ -118,8 +135,8 @@ class Served:
     def up(self, *, upstream: bool = True) -> Iterator["Served"]:
         with contextlib.ExitStack() as stack:
             if upstream:
-                stack.enter_context(running(self._dummy))
-            stack.enter_context(running(self._gate))
+                stack.enter_context(running(self._dummy, self._places[1]))
+            stack.enter_context(running(self._gate, self._places[0]))
             yield self
 
     def ask(

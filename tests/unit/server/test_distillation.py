@@ -171,7 +171,7 @@ def test_equal_seeds_give_equal_students(manifest_for: Callable[..., Manifest]) 
 def test_few_labels_help_where_the_teacher_is_wrong(manifest_for: Callable[..., Manifest]) -> None:
     manifest = manifest_for(distillation={"epochs": 6, "batch_size": 8, "learning_rate": 3e-3, "label_weight": 5.0})
     teacher = teacher_of(manifest)
-    rows = [TextRecord(unit=str(n), text=text, label="ab"[text.split()[0] < "m"]) for n, text in enumerate(texts(120))]
+    rows = [TextRecord(unit=str(n), text=text, label="ab"[text.split()[0] < "m"]) for n, text in enumerate(texts(400))]
     known = corpus_of(rows, manifest, labelled=[True] * len(rows))
     unknown = replace(known, labelled=frozenset())
     right = []

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.config.manifest import Manifest
 from common.errors import DistillationError
@@ -17,6 +19,8 @@ from server.distillation.domain_model import DomainModel
 from server.distillation.measuring import Measured
 from server.distillation.pipeline import Data, Distilled, distil_to
 from server.distillation.planning import FEWEST_PIECES, MOST_PIECES, most_pieces
+from server.distillation.term_trial import Trial, try_terms
+from server.distillation.terms import add_terms
 from server.distillation.training import distil
 from server.distillation.verdict import judge
 from tests.unit.server.test_distillation import public, teacher_of, texts
@@ -68,6 +72,7 @@ def test_every_step_is_measured_on_the_same_records(whole: tuple[Path, Distilled
         "vocabulary",
         "terms",
         "student",
+        "terms tried",
         "train",
         "safetensors",
         "onnx-int8",
@@ -86,7 +91,7 @@ def test_every_step_is_measured_on_the_same_records(whole: tuple[Path, Distilled
 def test_each_step_makes_it_smaller_and_training_makes_it_good(whole: tuple[Path, Distilled, list[Measured]]) -> None:
     _, done, _ = whole
     by_name = {line.step: line for line in done.steps}
-    sizes = [by_name[name].parameters or 0 for name in ("teacher", "vocabulary", "student", "train")]
+    sizes = [by_name[name].parameters or 0 for name in ("teacher", "vocabulary", "terms tried", "train")]
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3]
     assert sizes[3] <= sizes[0] / 3
     assert by_name["safetensors"].bytes < by_name["teacher"].bytes / 2.9
@@ -149,7 +154,7 @@ def test_the_verdict_says_what_was_met_and_what_to_do(
     lines: list[Measured], metric: str, met: bool, words: str, taught: DomainModel
 ) -> None:
     settings = wish(taught, size="1/5", max_loss=0.0201).manifest.distillation
-    verdict, found = judge(lines, settings, metric)
+    verdict, found = judge(lines, settings, metric, ratio=Fraction(1, 5))
     assert (found, words in verdict) == (met, True), verdict
 
 
@@ -201,7 +206,69 @@ def test_a_folder_that_is_there_is_never_written_over(taught: DomainModel, tmp_p
         distil_to(tmp_path, taught, data(taught))
 
 
-def test_words_get_two_fifths_of_the_wanted_size(taught: DomainModel) -> None:
+def test_the_smallest_size_that_is_good_enough(
+    taught: DomainModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wish(taught, size="auto", max_loss=0.9)
+    done = distil_to(tmp_path / "loose", model, data(model))
+    assert done.met, done.verdict
+    trained = [line.step for line in done.steps if line.step.startswith("train")]
+    assert trained == ["train at 1/10"], "a twentieth of this tiny teacher cannot be made"
+    assert done.steps[-1].step == "safetensors"
+    monkeypatch.setattr("server.distillation.pipeline.judge", lambda *given, **more: ("never good enough", False))
+    strict = wish(taught, size="auto", epochs=1)
+    done = distil_to(tmp_path / "strict", strict, data(strict))
+    trained = [line.step for line in done.steps if line.step.startswith("train")]
+    assert trained == ["train at 1/10", "train at 1/5", "train at 1/3"]
+    assert open_model(tmp_path / "strict").parameters == done.steps[-2].parameters
+    with pytest.raises(DistillationError, match="needs the steps student and train"):
+        distil_to(tmp_path / "alone", strict, data(strict), only=["vocabulary"])
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_terms_that_do_not_pay_go(
+    pays: bool, fresh: bool, taught: DomainModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Trial] = []
+
+    def tried(*given: Any) -> Trial:
+        trial = try_terms(*given)
+        found.append(replace(trial, with_terms=0.1, without=0.2 if pays else 0.05))
+        return found[0]
+
+    monkeypatch.setattr("server.distillation.pipeline.try_terms", tried)
+    (tmp_path / "terms.txt").write_text(f"{' '.join(texts(1)[0].split()[:2])}\n", encoding="utf-8")
+    model = wish(taught, terms=str(tmp_path / "terms.txt"), epochs=2, max_loss=0.9, from_scratch=fresh)
+    done = distil_to(tmp_path / "made", model, data(model))
+    assert found[0].passes == 1
+    assert found[0].shorter > 0
+    pieces = len(open_model(tmp_path / "made").tokenizer)
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    assert ("terms stayed" in card, "terms were dropped" in card) == (pays, not pays)
+    sizes = {line.step: line.parameters or 0 for line in done.steps}
+    assert (sizes["terms tried"] == sizes["student"]) == pays
+    assert sizes["train"] == sizes["terms tried"]
+    assert pieces > 0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_trial_measures_both_and_changes_neither(labelled: bool, taught: DomainModel) -> None:
+    model = wish(taught, epochs=5)
+    found = data(model)
+    longer = add_terms(model, [" ".join(texts(1)[0].split()[:2])])
+    before = [tensor.clone() for tensor in longer.network.state_dict().values()]
+    trial = try_terms(model, longer, model, found.corpus, found.dev if labelled else ())
+    assert all(map(torch.equal, before, longer.network.state_dict().values()))
+    assert trial.passes == 1
+    assert trial.measure == ("dev loss" if labelled else "share of other answers than the teacher's")
+    assert 0 < trial.shorter < 0.5
+    assert trial.pays == (trial.with_terms <= trial.without)
+    assert not replace(trial, with_terms=0.0, shorter=0.0).pays
+
+
+def test_words_get_two_fifths_of_the_wanted_size(manifest_for: Callable[..., Manifest]) -> None:
+    taught = teacher_of(manifest_for("causal-lm"))
     width = taught.network.config.hidden_size
     assert most_pieces(taught, Fraction(1, 500)) == FEWEST_PIECES
     huge = Fraction(10 * MOST_PIECES * width, taught.parameters)

@@ -243,6 +243,32 @@ def test_as_many_pieces_as_reach_the_coverage() -> None:
     assert len(ceiling.kept) <= 500
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_general_pieces_fill_a_small_corpus_up(kind: str) -> None:
+    tokenizer, texts = tokenizer_of(kind), clauses()[:40]
+    seen = trim(tokenizer, texts, pieces=None, coverage=0.5, characters="seen")
+    filled = trim(tokenizer, texts, pieces=None, coverage=0.5, fill=len(seen.kept) + 100, characters="seen")
+    more = sorted(set(filled.kept) - set(seen.kept))
+    assert len(seen.kept) + 90 <= len(filled.kept) <= len(seen.kept) + 100
+    assert set(seen.kept) < set(filled.kept)
+    names = tokenizer.convert_ids_to_tokens(more)
+    assert all(len(name.removeprefix("##")) > 1 for name in names)
+    # The first ones that were left out, but for those that need more parts than there is room for.
+    left_out = [index for index in range(more[-1]) if Pieces(tokenizer).is_word(index) and index not in filled.kept]
+    assert len(left_out) <= 10
+    every = trim(tokenizer, texts, pieces=None, coverage=0.5, fill=10**6, characters="seen")
+    assert len(every.kept) <= len(tokenizer)
+
+
+def test_places_kept_free_are_no_words(manifest_for: Callable[..., Manifest]) -> None:
+    tokenizer = load_tokenizer(find_base(ModelSection()))
+    table = Pieces(tokenizer)
+    first = [
+        name for name in tokenizer.convert_ids_to_tokens(range(2100)) if table.is_word(tokenizer.get_vocab()[name])
+    ]
+    assert first[:4] == ["the", "of", "and", "in"]
+
+
 def test_coverage_counts_what_it_says() -> None:
     original, small = tokenizer_of("wordpiece"), trimmed_of("wordpiece").tokenizer
     texts = [*clauses()[1:40:2], "Zebra quixotic jazz", "☃ snow"]

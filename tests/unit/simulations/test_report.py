@@ -402,3 +402,23 @@ def test_the_second_federation_is_told_beside_the_first(mine: bool, other: bool,
     assert said in page.split("<header>")[1].split("</header>")[0]
     assert '<a href="compared/report.html">' in page
     assert utility_result(sample()) == ""
+
+
+def test_of_very_many_sites_the_slowest_and_the_worst_are_shown() -> None:
+    summary = sample(sites=300, rounds=2, labels=3)
+    metric = summary.metrics[0]
+    changed = []
+    for place, site in enumerate(summary.sites):
+        figures = [
+            {**each, metric: 0.1 if place in range(150, 155) else 0.9} if each else each for each in site.validation
+        ]
+        seconds = 100.0 if place in range(20, 30) else 1.0
+        changed.append(site.model_copy(update={"validation": figures, "seconds": seconds}))
+    html = render(summary.model_copy(update={"sites": changed}))
+    assert "Shown are 20 of 300 sites, the slowest and those with the worst accuracy" in html
+    assert "summary.json has the other 280 too." in html
+    rows = html.split('<section id="sites"')[1].split("</section>")[0]
+    assert rows.count('<th scope="row">') == 20
+    for place in (*range(20, 30), *range(150, 155)):
+        assert f'<th scope="row">{changed[place].name}</th>' in rows
+    assert "Shown are" not in page(sample(sites=50, rounds=1)).text
