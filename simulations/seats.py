@@ -1,4 +1,4 @@
-"""Where each worker computes: it takes one of the plan's slots when it starts, and a turn on the device for each job.
+"""Where each worker computes: it takes one of the plan's slots in its first call, and a turn on its device for each job.
 
 Workers and the process that plans know each other through files in one folder, `<sites>/slots`:
 
@@ -135,7 +135,7 @@ _taken: list[_Seat] = []
 _own_room = Room()
 
 
-def take_seat(*, patience: float = PATIENCE) -> None:
+def take_seat() -> None:
     """Sit down on a free slot, once in a process; afterwards it sees the slot's device alone, up to its share.
 
     Raises:
@@ -146,7 +146,7 @@ def take_seat(*, patience: float = PATIENCE) -> None:
         return
     folder = Path(where)
     slots = json.loads((folder / "plan.json").read_bytes())
-    until = time.monotonic() + patience
+    until = time.monotonic() + PATIENCE
     while True:
         for number, slot in enumerate(slots):
             lock = _locked(folder / f"slot-{number}.lock")

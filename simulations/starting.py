@@ -60,10 +60,11 @@ def start_flower(run: Startable, client: ClientApp) -> None:
     try:
         if section.ray_address is None:
             seats = Seats(run.root / "slots", run.plan)
-            start_workers(run.plan.workers, sites=run.root, slots=seats.folder)
+            preload = None if run.plan.gpu_share else run.root
+            start_workers(run.plan.workers, preload=preload, slots=seats.folder)
             run.take_places(run.plan, seats)
         else:
-            start_workers(run.plan.workers, sites=run.root, address=section.ray_address)
+            start_workers(run.plan.workers, preload=None, slots=None, address=section.ray_address)
             workers, resources["num_gpus"] = cluster_size(section)
             records = run.plan.slots[0].records
             run.take_places(on_cluster(section.ray_address, run.plan.footprint, records=records, workers=workers), None)

@@ -38,12 +38,13 @@ NAME = "ray::ClientAppA"
 PATIENCE = 5.0
 
 
-def start_workers(count: int, *, sites: Path, slots: Path | None = None, address: str | None = None) -> None:
+def start_workers(count: int, *, preload: Path | None, slots: Path | None, address: str | None = None) -> None:
     """Start Ray for `count` workers on this machine, before Flower would, or join the cluster at `address`, which has
     workers of its own; where this process has Ray already it is left as it is.
 
-    Each worker loads the base for the folder `sites` at once, while Flower starts; with `slots` it takes one of the
-    plan's before (`simulations/seats.py`).
+    Each loads the base for the sites in the folder `preload` at once, while Flower starts; None leaves that to its
+    first call, as it must be where a worker is told only then which GPU is its own. With `slots`, the folder of the
+    plan's (`simulations/seats.py`), it takes one of them in its first call: Ray starts processes that never get one.
 
     Ray takes SIGTERM over and ends the process on it in the middle of things; the handlers from before are put back.
 
@@ -54,7 +55,7 @@ def start_workers(count: int, *, sites: Path, slots: Path | None = None, address
 
     if ray.is_initialized():
         return
-    places = {SITES: str(sites)}
+    places = {SITES: str(preload)} if preload is not None else {}
     if slots is not None:  # Ray must not hide the GPU that a slot gave
         places |= {SLOTS: str(slots), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if address is not None:  # its machines do not have this process's environment
@@ -102,12 +103,10 @@ def cluster_size(section: SimulationSection) -> tuple[int, float]:
 def worker_starts() -> None:
     """Ray calls this first in a new worker: what it needs is imported from where we lie, the base loaded."""
     from simulations import app
-    from simulations.seats import take_seat
 
     sites = os.environ.get(SITES)
     if sites is not None:
         with contextlib.suppress(Exception):  # the first call will meet it again, and can say so
-            take_seat(patience=0.0)
             app.preload(Path(sites))
 
 
