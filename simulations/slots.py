@@ -7,6 +7,7 @@ rounding (`client/training/physical.py`). Slots are dealt to devices in turn, so
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from common.errors import RunError
@@ -176,7 +177,7 @@ def plan_slots(
             room = [(most, records)]
     else:
         most = min(sites, max(cores, sum(count > 0 for count, _ in room)))
-    slots = list(_dealt(room))[: max(1, most)]
+    slots = list(islice(_dealt(room), max(1, most)))
     if any(slot.records < batch for slot in slots):
         notes.append(f"fewer than the manifest's {batch} records at once: memory is short, results stay the same")
     return Plan(max(1, cores // len(slots)), tuple(devices), tuple(slots), footprint, tuple(notes))
