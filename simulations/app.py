@@ -22,7 +22,7 @@ from common.flower import ClientApp, Context, Message, ServerApp, pack, quiet, u
 from common.messages import decode, encode
 from simulations.baselines import train_alone
 from simulations.profiling import profiles
-from simulations.seats import at_work, take_seat
+from simulations.seats import at_work
 from simulations.site_states import load_state, save_state
 from simulations.workers import worker_begins
 
@@ -100,7 +100,6 @@ def preload(root: Path) -> None:
 def _manifest(root: Path) -> Manifest:
     quiet()
     worker_begins()
-    take_seat()
     torch.set_num_threads(int(os.environ.get(THREADS, "1")))
     return _read(root)
 

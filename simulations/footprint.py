@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,8 @@ def measured(manifest: Manifest) -> Footprint:
 
 def main() -> None:
     """Print the footprint of the manifest on standard input as JSON."""
+    import_module("simulations.app")
+    import_module("flwr.simulation.ray_transport.ray_actor")  # a worker has all that too
     quiet()
     torch.set_num_threads(1)
     print(json.dumps(asdict(_measure(Manifest.model_validate_json(sys.stdin.read())))))

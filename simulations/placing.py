@@ -59,14 +59,15 @@ class Placed:
         self.finds = MemoryFinds()
 
     def exchange(self, requests: Mapping[str, bytes], *, kind: str) -> Iterator[Reply]:
-        """See `Channel`. A site that ran out of memory is asked once more when the others are done, on a device that
-        has a slot fewer; where there is no slot to close it is not."""
+        """See `Channel`. A site that ran out of memory is asked once more when the others are done: on a device that
+        has a slot fewer, where there was one to close, and by a worker that has halved its batch."""
         ordered = {site: requests[site] for site in longest_first({site: self.expected(site) for site in requests})}
         channel = self._paced if self._pays(ordered) else self._free
         short: dict[str, bytes] = {}
         for reply in channel.exchange(ordered, kind=kind):
             self._look()
-            if ran_out_of_memory(reply) and self._close(reply.site):
+            if ran_out_of_memory(reply):
+                self._close(reply.site)
                 short[reply.site] = requests[reply.site]
             else:
                 yield self._learnt(reply)
@@ -99,15 +100,13 @@ class Placed:
             self.finds.halved.append(event)
             self._report(event)
 
-    def _close(self, site: str) -> bool:
-        closed = self._seats.close_slot(site)
-        if closed is None:
-            return False
+    def _close(self, site: str) -> None:
+        if (closed := self._seats.close_slot(site)) is None:
+            return
         device, left = closed
         event = SlotClosed(round=self._number(), site=site, device=self._plan.devices[device].name, left=left)
         self.finds.closed.append(event)
         self._report(event)
-        return True
 
 
 def ran_out_of_memory(reply: Reply) -> bool:

@@ -1,10 +1,10 @@
-"""Where each worker computes: it takes one of the plan's slots in its first call, and a turn on its device for each job.
+"""Where each worker computes: it takes a slot of the plan in its first call, and a turn on the device for each job.
 
 Workers and the process that plans know each other through files in one folder, `<sites>/slots`:
 
     plan.json         the slots: device, what of it a worker sees, its share of memory, records at once
     slot-N.lock       locked by the worker that sits there, for as long as it lives
-    slot-N.json       what it last worked on, and its largest memory so far
+    slot-N.json       the sites that it last worked for, and its largest memory so far
     turn-D-K.lock     locked while a worker computes on device D
     open-D            how many may do so at once; no file: as many as the device has slots
     halved.jsonl      a line for each time that a worker halved its physical batch
@@ -17,8 +17,9 @@ import fcntl
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ __all__ = ["Halved", "Seats", "at_work", "take_seat"]
 # A worker that starts while another holds its slot waits: Ray may replace one before it is gone.
 PATIENCE = 30.0
 POLL = 0.05
+
+# Sites that a worker remembers: it may have gone on to others when it is asked where a site was.
+LATELY = 32
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,13 @@ class Seats:
         return peaks
 
     def close_slot(self, site: str) -> tuple[int, int] | None:
-        """Close a slot of the device whose worker last worked for `site`: the device, and how many are left.
+        """Close a slot of the device whose worker worked for `site` lately: the device, and how many are left.
 
-        None where that was the last one, or no worker says that it worked for the site.
+        None where that was the last one, or no worker says that it did.
         """
         for number, slot in enumerate(self._plan.slots):
             told = _told(self.folder, number)
-            if told and told["site"] == site:
+            if told and site in told["sites"]:
                 left = _open(self.folder, slot.device, self._plan.on(slot.device)) - 1
                 if left < 1:
                     return None
@@ -126,6 +130,7 @@ class _Seat:
     device: int
     beside: int
     room: Room
+    sites: deque[str] = field(default_factory=lambda: deque(maxlen=LATELY))
 
 
 # The seat of this process, once it has one.
@@ -166,7 +171,14 @@ def take_seat() -> None:
 
 @contextlib.contextmanager
 def at_work(site: str) -> Iterator[None]:
-    """Compute for a site: in the slot's room, when it is its turn; what happened to memory is told afterwards."""
+    """Compute for a site: in the slot's room, when it is its turn; what happened to memory is told afterwards.
+
+    The first call in a process takes its slot.
+
+    Raises:
+        ServiceError: all slots are taken.
+    """
+    take_seat()
     if not _taken:
         with within(_own_room):
             yield
@@ -180,7 +192,10 @@ def at_work(site: str) -> Iterator[None]:
             line = json.dumps(asdict(Halved(site, halving.before, halving.after))) + "\n"
             with (seat.folder / "halved.jsonl").open("a", encoding="utf-8") as lines:
                 lines.write(line)
-        told = json.dumps({"site": site, "peak": peak_bytes()})
+        if site in seat.sites:
+            seat.sites.remove(site)
+        seat.sites.append(site)
+        told = json.dumps({"sites": list(seat.sites), "peak": peak_bytes()})
         beside = seat.folder / f"slot-{seat.number}.new"
         beside.write_text(told)
         beside.replace(seat.folder / f"slot-{seat.number}.json")

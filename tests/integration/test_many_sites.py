@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from simulating import LONGEST_RUN, World, clauses, wait_for, write_manifest, write_rows
 
 from client.ledger import Ledger
 from common.config.loading import load_manifest
 from common.progress import RoundFinished, RoundStarted, SumOpened
 from server.participants import participants
+from tests.integration.simulating import LONGEST_RUN, World, clauses, wait_for, write_manifest, write_rows
 
 pytestmark = pytest.mark.slow
 

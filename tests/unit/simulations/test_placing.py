@@ -124,14 +124,16 @@ def test_a_site_short_of_memory_is_asked_once_more_after_the_others() -> None:
     assert world.placed.finds.closed == closed
 
 
-def test_where_no_slot_can_be_closed_the_site_sits_out() -> None:
-    world = World(dict.fromkeys(WORK, 5.0), short={"long": 9, "middle": 9})
+def test_nobody_is_asked_a_third_time_and_the_last_slot_stays() -> None:
+    world = World(dict.fromkeys(WORK, 5.0), short={"long": 9, "middle": 1})
     replies = {reply.site: reply for reply in world.round()}
-    assert len(replies) == 3
-    assert ran_out_of_memory(replies["long"])
-    assert ran_out_of_memory(replies["middle"])
-    assert not ran_out_of_memory(replies["short"])
-    assert world.again.asked == [["long"]]  # the second found one slot left, which stays
+    assert {site: ran_out_of_memory(reply) for site, reply in replies.items()} == {
+        "long": True,
+        "middle": False,
+        "short": False,
+    }
+    assert world.again.asked == [["long", "middle"]]
+    assert [event.site for event in world.events if isinstance(event, SlotClosed)] == ["long"]
 
 
 def test_halvings_are_told_in_the_round_in_which_they_happen() -> None:
