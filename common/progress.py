@@ -24,6 +24,7 @@ __all__ = [
     "EventLog",
     "EventSink",
     "PhaseStarted",
+    "ResourcesUsed",
     "RoundFinished",
     "RoundLost",
     "RoundRejected",
@@ -146,6 +147,18 @@ class WorkersPlanned(Event):
 
     workers: int
     plan: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesUsed(Event):
+    """What a simulation's processes use of the machine: the busy share of all its processors since the last such event,
+    and resident memory in bytes, in which shared pages count for each process. `gpus` are the busy shares of the
+    machine's GPUs and `gpu_memory` their used bytes, whoever uses them; empty without any."""
+
+    processors: float
+    memory: int
+    gpus: tuple[float, ...] = ()
+    gpu_memory: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

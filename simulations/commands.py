@@ -106,7 +106,14 @@ def simulate(
     from simulations.engine import simulate as run
     from simulations.live import LiveView, print_table
     from simulations.profiling import profiling
-    from simulations.report import main_result, privacy_result, profile_result, secure_sum_result, utility_result
+    from simulations.report import (
+        cost_result,
+        main_result,
+        privacy_result,
+        profile_result,
+        secure_sum_result,
+        utility_result,
+    )
     from simulations.tracked import tracked
 
     console = Console()
@@ -129,6 +136,7 @@ def simulate(
         console.print(compared, highlight=False, soft_wrap=True)
     if summary.overfitting:
         console.print(summary.overfitting, highlight=False, soft_wrap=True)
+    console.print(cost_result(summary), highlight=False, soft_wrap=True)
     if profile:
         console.print(profile_result(summary), highlight=False, soft_wrap=True, markup=False)
     console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -43,6 +43,7 @@ from common.progress import (
     EventLog,
     EventSink,
     PhaseStarted,
+    ResourcesUsed,
     RoundStarted,
     RunStarted,
     RunStopped,
@@ -62,6 +63,7 @@ from simulations.placing import MemoryFinds, Placed
 from simulations.planning import plan_workers, work_of
 from simulations.profiling import read_profile
 from simulations.report import write_report
+from simulations.resources import ResourceWatch
 from simulations.seats import Seats
 from simulations.secure_sites import SecureSites, found_consortium, require_crowd
 from simulations.sites import POOLED, FederationData, lay_out, populations, read_federation, simulation_of
@@ -170,7 +172,8 @@ def simulate(
         run.compared.stop, run.compared.is_compared = run.stop, True
         run.plan = more_careful(run.plan, run.compared.plan)
     with _stop_on_signal(run.stop), run.folder(runs, run_id, view):
-        start_flower(run, client)
+        with ResourceWatch(run.report, gpus=run.plan.gpu_share > 0):
+            start_flower(run, client)
         return run.finish()
 
 
@@ -235,6 +238,7 @@ class Run:
     coordinator: Coordinator | None = None
     secure_sites: SecureSites | None = None
     opened: list[SumOpened] = field(default_factory=list)
+    looks: list[ResourcesUsed] = field(default_factory=list)
     seats: Seats | None = None
     placed: Placed | None = None
     sinks: list[EventSink] = field(default_factory=list)
@@ -316,6 +320,8 @@ class Run:
             self.marks[event.phase] = time.monotonic()
         if isinstance(event, RoundStarted):
             self.round = event.round
+        if isinstance(event, ResourcesUsed):
+            self.looks.append(event)
         if isinstance(event, SumOpened):
             self.opened.append(event)
         for sink in self.sinks:
@@ -558,6 +564,7 @@ class Run:
             ),
             overfitting=summarise.overfitting(rounds, self._selected()),
             timing=self._timing(),
+            resources=summarise.resource_facts(self.looks),
             machine=summarise.machine_facts(self.plan.workers, self.plan.threads),
             memory=self._memory(),
             profile=read_profile(self.store.folder),

@@ -25,6 +25,7 @@ from common.progress import (
     BatchHalved,
     Event,
     PhaseStarted,
+    ResourcesUsed,
     RoundFinished,
     RoundLost,
     RoundRejected,
@@ -38,7 +39,15 @@ from common.progress import (
     WorkersPlanned,
 )
 from simulations.summary import RunSummary
-from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
+from simulations.wording import (
+    best_places,
+    count_text,
+    duration_text,
+    figure_text,
+    metric_title,
+    size_text,
+    used_text,
+)
 
 __all__ = [
     "LiveView",
@@ -132,11 +141,13 @@ class _Run:
     measured: str = ""
     plan: tuple[str, ...] = ()
     short: list[str] = field(default_factory=list)
+    used: ResourcesUsed | None = None
+    phases: dict[str, float] = field(default_factory=dict)
     stopped: RunStopped | None = None
 
     def apply(self, event: Event) -> None:
         """Take in what `event` says."""
-        self._look_at_memory(event)
+        self._look_at_machine(event)
         match event:
             case RunStarted():
                 self.federation, self.run_id, self.total = event.federation, event.run_id, event.rounds
@@ -180,8 +191,12 @@ class _Run:
         # A round that takes longer than the others counts as about to end, not as less than nothing.
         return max(0.0, one - elapsed) + one * (self.total - self.done - 1)
 
-    def _look_at_memory(self, event: Event) -> None:
+    def _look_at_machine(self, event: Event) -> None:
         match event:
+            case PhaseStarted():
+                self.phases[event.phase] = event.time
+            case ResourcesUsed():
+                self.used = event
             case WorkersPlanned():
                 self.plan = event.plan
             case BatchHalved():
@@ -280,11 +295,25 @@ def _picture(run: _Run, console: Console) -> RenderableType:
         parts.append(_round_table(run, rounds, rows, narrow))
     if run.short:
         parts.append(_one_line(run.short[-1], "yellow"))
+    if machine := _machine(run, time.time()):
+        parts.append(_one_line(machine, "dim"))
     if run.plan and not rounds:
         parts.append(_one_line("; ".join(run.plan), "dim"))
     if run.measured:
         parts.append(_one_line(f"test set: {run.measured} measured"))
     return Group(*parts)
+
+
+def _machine(run: _Run, now: float) -> str:
+    """How long the phases took, and what the run uses: one line; empty before the first phase."""
+    if not run.phases:
+        return ""
+    ends = [*list(run.phases.values())[1:], run.stopped.time if run.stopped else now]
+    spans = [(phase, end - began) for (phase, began), end in zip(run.phases.items(), ends, strict=True)]
+    parts = [f"{phase} {duration_text(max(0.0, seconds))}" for phase, seconds in spans if phase != "report"]
+    if run.used and not run.stopped:
+        parts = [used_text(run.used), *parts]
+    return ", ".join(parts)
 
 
 def _title(run: _Run) -> Text:

@@ -16,9 +16,18 @@ from common.durable import write_text
 from simulations import plots
 from simulations.report_page import PAGE
 from simulations.summary import ComparedFacts, RunSummary, SiteFacts, SitePrivacy, TableRow
-from simulations.wording import best_places, count_text, duration_text, figure_text, metric_title, size_text
+from simulations.wording import (
+    best_places,
+    count_text,
+    duration_text,
+    figure_text,
+    metric_title,
+    resources_text,
+    size_text,
+)
 
 __all__ = [
+    "cost_result",
     "main_result",
     "privacy_result",
     "profile_result",
@@ -164,6 +173,15 @@ def _difference(value: float, other: float, metric: str) -> str:
     return f"{text} above" if value > other else f"{text} below"
 
 
+def cost_result(summary: RunSummary) -> str:
+    """How long the run and its parts took, and what it used of its machine, in one or two sentences."""
+    timing = summary.timing
+    parts = {"start-up": timing.startup, **timing.model_dump(exclude={"startup", "total"})}
+    said = ", ".join(f"{name} {duration_text(seconds)}" for name, seconds in parts.items() if seconds >= 0.05)
+    took = f"The run took {duration_text(timing.total)}{f' ({said})' if said else ''}."
+    return f"{took} Its {resources_text(summary.resources)}." if summary.resources else took
+
+
 def _share(part: float, whole: float) -> str:
     """`part` of `whole` in per cent; a dash where there is no whole."""
     return f"{part / whole:.1%}" if whole else "-"
@@ -185,6 +203,7 @@ def _view(summary: RunSummary) -> dict[str, Any]:
         "lower_is_better": LOWER_IS_BETTER,
         "table": _table(summary),
         "sites": [_site(site, summary.selected_round) for site in shown],
+        "cost": cost_result(summary),
         "private_sites": _of_shown(summary, shown),
         "left_out": _left_out(len(shown), len(summary.sites), chooser),
         "local_known": any(site.local_only for site in summary.sites),

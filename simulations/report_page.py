@@ -267,7 +267,7 @@ footer { max-width: 76rem; margin: 3rem auto 2rem; padding: 0 1.25rem; color: va
 
 <section id="cost" aria-labelledby="cost-title">
 <h2 id="cost-title">Traffic and time</h2>
-<p>{{ bytes_up | size }} went up from the sites and {{ bytes_down | size }} down to them. The run took {{ summary.timing.total | duration }}.</p>
+<p>{{ bytes_up | size }} went up from the sites and {{ bytes_down | size }} down to them. {{ cost }}</p>
 {% if summary.memory and (summary.memory.halvings or summary.memory.closed_slots) %}
 <p class="callout" role="note">Memory ran out. A step that it ran out in was computed again over the same records, fewer at once: batch, noise and what was charged for it stayed the same. {% for each in summary.memory.halvings %}Round {{ each.round }}, {{ each.site }}: {{ each.after | count }} records at once instead of {{ each.before | count }}. {% endfor %}{% for each in summary.memory.closed_slots %}Round {{ each.round }}, {{ each.site }}: memory ran out again; at most {{ each.left | count }} {{ "worker" if each.left == 1 else "workers" }} at once on {{ each.device }} from then on. {% endfor %}</p>
 {% endif %}

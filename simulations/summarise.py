@@ -17,7 +17,7 @@ from common.codec.packing import Lanes, bits_for
 from common.config.manifest import Manifest
 from common.metrics import better, figures
 from common.privacy.accounting import Steps, prv_epsilon, rdp_epsilon
-from common.progress import SumOpened, WorkersPlanned
+from common.progress import ResourcesUsed, SumOpened, WorkersPlanned
 from common.secure_sum.thresholds import least_survivors, threshold
 from server.coordinator import Coordinator, SiteAnswer, StoredRound
 from simulations.placing import MemoryFinds
@@ -33,6 +33,7 @@ from simulations.summary import (
     MachineFacts,
     MemoryFacts,
     PrivacyFacts,
+    ResourceFacts,
     RoundFacts,
     RunSummary,
     SecureSumFacts,
@@ -51,6 +52,7 @@ __all__ = [
     "overfitting",
     "planned",
     "privacy_facts",
+    "resource_facts",
     "round_facts",
     "secure_sum_facts",
     "site_facts",
@@ -287,6 +289,19 @@ def machine_facts(workers: int, threads: int) -> MachineFacts:
 def planned(plan: Plan) -> WorkersPlanned:
     """The plan as an event."""
     return WorkersPlanned(workers=plan.workers, plan=tuple(plan.lines()))
+
+
+def resource_facts(looks: Sequence[ResourcesUsed]) -> ResourceFacts | None:
+    """Means and peaks of all looks; None without any."""
+    if not looks:
+        return None
+    with_gpus = [look for look in looks if look.gpus]
+    return ResourceFacts(
+        processors=sum(look.processors for look in looks) / len(looks),
+        memory=max(look.memory for look in looks),
+        gpus=[sum(column) / len(with_gpus) for column in zip(*(look.gpus for look in with_gpus), strict=True)],
+        gpu_memory=[max(column) for column in zip(*(look.gpu_memory for look in with_gpus), strict=True)],
+    )
 
 
 def memory_facts(plan: Plan, peaks: Mapping[int, int], finds: MemoryFinds) -> MemoryFacts:

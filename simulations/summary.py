@@ -21,6 +21,7 @@ __all__ = [
     "OperatorFacts",
     "PrivacyFacts",
     "ProfileFacts",
+    "ResourceFacts",
     "RoundFacts",
     "RunSummary",
     "SiteFacts",
@@ -143,6 +144,15 @@ class Timing(Facts):
     comparison: float = 0.0
     test: float
     total: float
+
+
+class ResourceFacts(Facts):
+    """What the run used of its machine, by looks every few seconds; no figures of GPUs that nobody could ask."""
+
+    processors: float = Field(description="mean busy share of all processors")
+    memory: int = Field(description="largest resident memory of all processes, bytes; shared pages count in each")
+    gpus: list[float] = Field(description="mean busy share of each GPU of the machine")
+    gpu_memory: list[int] = Field(description="largest used memory of each GPU of the machine, bytes, whoever used it")
 
 
 class MachineFacts(Facts):
@@ -291,6 +301,7 @@ class RunSummary(Facts):
     overfitting: str = Field("", description="empty, or one sentence that names over-fitting and what to do")
     timing: Timing
     machine: MachineFacts
+    resources: ResourceFacts | None = Field(None, description="null: the run was too short to be looked at")
     memory: MemoryFacts | None = Field(None, description="null: a run from before memory was planned")
     profile: ProfileFacts | None = Field(None, description="null: the run was not profiled")
     seeds: int = Field(1, description="number of seeds behind the figures")

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 
 from common.config.manifest import LOWER_IS_BETTER
+from common.progress import ResourcesUsed
+from simulations.summary import ResourceFacts
 
 __all__ = [
     "best_places",
@@ -11,7 +13,9 @@ __all__ = [
     "duration_text",
     "figure_text",
     "metric_title",
+    "resources_text",
     "size_text",
+    "used_text",
 ]
 
 
@@ -59,6 +63,25 @@ def count_text(count: int) -> str:
 def metric_title(metric: str) -> str:
     """A metric's name for people: `macro f1`; of an import path the function's."""
     return metric.rpartition(":")[2].replace("_", " ")
+
+
+def used_text(used: ResourcesUsed) -> str:
+    """What is used now: `processors 94 %, memory 3.1 GB`, and each GPU."""
+    gpus = [
+        f"GPU {place} {share:.0%}, {size_text(size)}"
+        for place, (share, size) in enumerate(zip(used.gpus, used.gpu_memory, strict=True))
+    ]
+    return ", ".join([f"processors {used.processors:.0%}", f"memory {size_text(used.memory)}", *gpus])
+
+
+def resources_text(facts: ResourceFacts) -> str:
+    """What a run used: means of shares, peaks of memory."""
+    gpus = [
+        f"; GPU {place} was {share:.0%} busy and held at most {size_text(size)}"
+        for place, (share, size) in enumerate(zip(facts.gpus, facts.gpu_memory, strict=True))
+    ]
+    said = f"processors were {facts.processors:.0%} busy, its processes held at most {size_text(facts.memory)}"
+    return said + "".join(gpus)
 
 
 def best_places(values: Sequence[float | None], metric: str) -> set[int]:

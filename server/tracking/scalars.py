@@ -13,8 +13,10 @@ from common.progress import (
     BaselineFinished,
     Event,
     PhaseStarted,
+    ResourcesUsed,
     RoundFinished,
     RoundRejected,
+    RoundStarted,
     RoundValidated,
     RunStopped,
     StageFinished,
@@ -41,6 +43,7 @@ class Scalars:
 
     def __init__(self) -> None:
         self._phase: PhaseStarted | None = None
+        self._round = 0
 
     def __call__(self, event: Event) -> list[Scalar]:
         """The scalars of the run's next event; values that are no finite numbers are left out."""
@@ -54,6 +57,12 @@ class Scalars:
     def _of(self, event: Event) -> tuple[int, Mapping[str, float | None]]:
         step, values = 0, dict[str, float | None]()
         match event:
+            case RoundStarted():
+                self._round = event.round
+            case ResourcesUsed():
+                step, values = self._round, {"machine/processors": event.processors, "machine/memory": event.memory}
+                for number, (share, size) in enumerate(zip(event.gpus, event.gpu_memory, strict=True)):
+                    values |= {f"machine/gpu_{number}": share, f"machine/gpu_{number}_memory": size}
             case RoundFinished():
                 step, values = (
                     event.round,

@@ -7,6 +7,8 @@ from typing import Self
 
 import psutil
 
+from simulations.resources import family
+
 __all__ = ["PeakMemory"]
 
 EVERY_SECONDS = 0.2
@@ -37,8 +39,7 @@ class PeakMemory:
     def look(self) -> None:
         """Look once more."""
         total = 0
-        here = psutil.Process()
-        for process in [here, *here.children(recursive=True)]:
+        for process in family():
             with contextlib.suppress(psutil.Error):  # it has just ended
                 total += process.memory_info().rss
         self.bytes = max(self.bytes, total)

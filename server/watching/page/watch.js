@@ -13,7 +13,7 @@ function newRun() {
     federation: "", rounds: 0, metrics: [], trainable: 0, phase: "", began: 0, lastTime: 0, round: 0, done: 0,
     sites: new Map(), losses: new Map(), seconds: new Map(), answered: new Map(), figures: new Map(), notes: new Map(),
     test: new Map(), phases: new Map(), openPhase: null, stages: new Map(), errors: [], stopped: null, up: 0, down: 0,
-    unread: 0, began_round: 0, plan: [],
+    unread: 0, began_round: 0, plan: [], used: null,
   };
 }
 
@@ -99,6 +99,7 @@ const TAKE = {
   round_validated(event) { run.figures.set(event.round, event.figures); },
   baseline_finished(event) { run.test.set(event.baseline, event.figures); },
   workers_planned(event) { run.plan = [`${count(event.workers)} workers`, ...event.plan]; },
+  resources_used(event) { run.used = event; },
   batch_halved(event) {
     fail(event.round, event.site, "memory", `computes on ${event.after} records at once, not ${event.before}; the results are the same`);
   },
@@ -138,6 +139,10 @@ function duration(seconds) {
   if (whole < 60) return `${whole} s`;
   const [large, small, units] = whole < 3600 ? [Math.floor(whole / 60), whole % 60, "ms"] : [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60), "hm"];
   return small ? `${large} ${units[0]} ${small} ${units[1]}` : `${large} ${units[0]}`;
+}
+
+function share(part) {
+  return `${(100 * part).toFixed(0)} %`;
 }
 
 function size(bytes) {
@@ -211,7 +216,7 @@ function drawHead() {
   bar.value = Math.min(run.done, bar.max);
   const parts = [`${run.done} of ${run.rounds} rounds`];
   if (word === "running" && run.phase) parts.push(`phase ${run.phase}`);
-  if (run.began) parts.push(`${duration(now - run.began)} so far`);
+  if (run.began) parts.push(goesOn && !run.stopped ? `${duration(now - run.began)} so far` : `took ${duration(now - run.began)}`);
   const left = secondsLeft(now);
   if (left !== null && word === "running") parts.push(`about ${duration(left)} of rounds left`);
   if (run.up || run.down) parts.push(`${size(run.up)} up, ${size(run.down)} down`);
@@ -310,6 +315,12 @@ function drawPhases() {
   ]));
   put("plan", run.plan.join("; "));
   show("plan", run.plan.length > 0);
+  const used = run.used;
+  put("used", used ? [
+    `${goesOn && !run.stopped ? "Now" : "Last"}: processors ${share(used.processors)}`, `memory ${size(used.memory)}`,
+    ...used.gpus.map((each, place) => `GPU ${place} ${share(each)}, ${size(used.gpu_memory[place])}`),
+  ].join(", ") : "");
+  show("used", Boolean(used));
   show("stages-wide", run.stages.size > 0);
   fill("stages", ["stage", "mean", "longest", "in all"], [...run.stages].map(([name, [number, total, longest]]) => [
     name, duration(total / number), duration(longest), duration(total),

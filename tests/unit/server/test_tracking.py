@@ -12,7 +12,7 @@ import pytest
 from watched_run import BEGAN, SITES, a_round, beginning, ending, figures, whole, write
 
 from common.errors import RunError
-from common.progress import BaselineFinished, RoundFinished, RoundValidated
+from common.progress import BaselineFinished, ResourcesUsed, RoundFinished, RoundStarted, RoundValidated
 from server.tracking.mlflow import Mlflow
 from server.tracking.scalars import Scalar, Scalars
 from server.tracking.sink import Tracking, open_tracker, to_all
@@ -73,6 +73,18 @@ def test_a_runs_figures_become_curves() -> None:
     assert found["phase/rounds_seconds"] == [(0, 60)]
     assert found["phase/test_seconds"] == [(0, 4)]
     assert {each.time for each in tool.scalars if each.name == "train/loss"} == {BEGAN + 9 + 20 * n for n in (1, 2, 3)}
+
+
+def test_what_the_machine_does_becomes_curves_by_round() -> None:
+    scalars = Scalars()
+    used = ResourcesUsed(processors=0.5, memory=3, gpus=(0.25,), gpu_memory=(7,))
+    found = [each for event in (used, RoundStarted(round=2, sites=()), used) for each in scalars(event)]
+    assert curves(found) == {
+        "machine/processors": [(0, 0.5), (2, 0.5)],
+        "machine/memory": [(0, 3), (2, 3)],
+        "machine/gpu_0": [(0, 0.25), (2, 0.25)],
+        "machine/gpu_0_memory": [(0, 7), (2, 7)],
+    }
 
 
 def test_no_name_of_an_institution_leaves() -> None:

@@ -10,8 +10,10 @@ from summary_samples import sample
 
 from common.progress import (
     BaselineFinished,
+    BatchHalved,
     Event,
     PhaseStarted,
+    ResourcesUsed,
     RoundFinished,
     RoundLost,
     RoundRejected,
@@ -21,8 +23,11 @@ from common.progress import (
     RunStopped,
     SiteFailed,
     SiteFinished,
+    SlotClosed,
+    WorkersPlanned,
 )
 from simulations.live import LiveView, print_table
+from simulations.summary import ClosedSlot, Halving, MemoryFacts
 from simulations.wording import best_places, duration_text, figure_text, metric_title, size_text
 
 SITES = ("north", "south", "west")
@@ -193,6 +198,56 @@ def test_the_picture_shows_states_and_time_left() -> None:
 
 def test_a_site_that_is_not_invited_waits() -> None:
     assert "waiting" in drawn([started(), *one_round(1), RoundStarted(round=2, sites=("north", "south"))])
+
+
+PLANNED = WorkersPlanned(workers=2, plan=("GPU 0: 2 workers, 8 records at once, 5.0 GB of 8.0 GB",))
+HALVED = BatchHalved(round=1, site="west", before=8, after=4)
+CLOSED = SlotClosed(round=1, site="west", device="GPU 0", left=1)
+
+
+def test_the_plan_is_shown_until_there_is_more_to_say() -> None:
+    assert "GPU 0: 2 workers, 8 records at once" in drawn([started(), PLANNED])
+    assert "8 records at once" not in drawn([started(), PLANNED, *one_round(1)])
+
+
+def test_the_picture_shows_what_the_run_uses_and_how_long_its_phases_take() -> None:
+    used = ResourcesUsed(processors=0.94, memory=3_100_000_000, gpus=(0.5,), gpu_memory=(5_000_000_000,))
+    phases = [PhaseStarted(phase="start-up", time=100.0), PhaseStarted(phase="rounds", time=108.0)]
+    told = drawn([started(), *phases, used, *one_round(1)])
+    assert "processors 94%, memory 3.1 GB, GPU 0 50%, 5.0 GB, start-up 8.0 s, rounds" in told
+    ended = drawn([started(), *phases, used, RunStopped(status="finished", time=188.0)])
+    assert "start-up 8.0 s, rounds 1 m 20 s" in ended
+    assert "processors" not in ended
+
+
+def test_want_of_memory_is_told_in_the_picture_and_in_a_log() -> None:
+    assert "west computes on 4 records at once, not 8" in drawn([started(), HALVED])
+    assert "memory: at most 1 worker at once on GPU 0" in drawn([started(), HALVED, CLOSED])
+    file = io.StringIO()
+    view = LiveView(Console(file=file, width=200))
+    for event in [started(), PLANNED, HALVED, CLOSED]:
+        view(event)
+    assert file.getvalue().splitlines()[1:] == [
+        "2 workers  GPU 0: 2 workers, 8 records at once, 5.0 GB of 8.0 GB",
+        "round 1/3  memory: west computes on 4 records at once, not 8",
+        "round 1/3  memory: at most 1 worker at once on GPU 0",
+    ]
+
+
+def test_want_of_memory_stands_below_the_table() -> None:
+    file = io.StringIO()
+    memory = MemoryFacts(
+        measured=True,
+        devices=[],
+        notes=[],
+        halvings=[Halving(round=2, site="west", before=8, after=4)],
+        closed_slots=[ClosedSlot(round=2, site="west", device="GPU 0", left=1)],
+    )
+    print_table(sample(table=[], failures=[], memory=memory), Console(file=file, width=200))
+    assert file.getvalue().splitlines()[1:] == [
+        "memory ran out for west in round 2: 4 records at once instead of 8, same results",
+        "memory ran out for west in round 2 again: at most 1 worker at once on GPU 0 from then on",
+    ]
 
 
 def test_the_picture_says_how_the_run_ended() -> None:

@@ -9,8 +9,28 @@ import pytest
 from summary_samples import sample, table
 
 from simulations import plots
-from simulations.report import main_result, privacy_result, render, secure_sum_result, utility_result, write_report
-from simulations.summary import ComparedFacts, Failure, PrivacyFacts, RunSummary, SitePrivacy, TableRow
+from simulations.report import (
+    cost_result,
+    main_result,
+    privacy_result,
+    render,
+    secure_sum_result,
+    utility_result,
+    write_report,
+)
+from simulations.summary import (
+    ClosedSlot,
+    ComparedFacts,
+    DeviceFacts,
+    Failure,
+    Halving,
+    MemoryFacts,
+    PrivacyFacts,
+    ResourceFacts,
+    RunSummary,
+    SitePrivacy,
+    TableRow,
+)
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = ["comparison", "learning", "sites", "labels", "cost", "data", "failures", "setting"]
@@ -422,3 +442,37 @@ def test_of_very_many_sites_the_slowest_and_the_worst_are_shown() -> None:
     for place in (*range(20, 30), *range(150, 155)):
         assert f'<th scope="row">{changed[place].name}</th>' in rows
     assert "Shown are" not in page(sample(sites=50, rounds=1)).text
+
+
+def test_where_the_workers_computed_and_what_they_used_is_told() -> None:
+    device = DeviceFacts(
+        name="emulated GPU 0 (8 GiB)",
+        emulated=True,
+        free=8 << 30,
+        workers=2,
+        records=4,
+        planned=3_000_000_000,
+        used=None,
+    )
+    memory = MemoryFacts(
+        measured=True,
+        devices=[device, device.model_copy(update={"name": "GPU <1>", "emulated": False, "used": 2_900_000_000})],
+        notes=["GPU 2 is left out"],
+        halvings=[Halving(round=2, site="<b>west", before=8, after=4)],
+        closed_slots=[ClosedSlot(round=3, site="west", device="GPU <1>", left=1)],
+    )
+    resources = ResourceFacts(processors=0.874, memory=3_100_000_000, gpus=[0.5], gpu_memory=[2_900_000_000])
+    summary = sample().model_copy(update={"memory": memory, "resources": resources})
+    text = " ".join(page(summary).text.split())
+    assert "emulated GPU 0 (8 GiB) (emulated: its workers computed on the CPU): 2 workers, 4 records at once" in text
+    assert "3.0 GB planned for each (measured before the run), 2.9 GB used at most; 8.6 GB were free" in text
+    assert "GPU 2 is left out" in text
+    assert "Round 2, <b>west: 4 records at once instead of 8." in text
+    assert "Round 3, west: memory ran out again; at most 1 worker at once on GPU <1> from then on." in text
+    said = cost_result(summary)
+    assert said.endswith(
+        "Its processors were 87% busy, its processes held at most 3.1 GB; GPU 0 was 50% busy and held at most 2.9 GB."
+    )
+    assert said in text
+    assert "Memory ran out" not in page(sample()).text
+    assert cost_result(sample()).startswith("The run took 2 m 40 s (start-up 8.2 s, rounds ")

@@ -17,10 +17,11 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from watched_run import SITES, a_round, beginning, ending, whole, write
+from watched_run import BEGAN, SITES, a_round, beginning, ending, whole, write
 
 from client.ledger import Account, Charge, Ledger
 from common.privacy.accounting import Steps, rdp_epsilon
+from common.progress import ResourcesUsed, WorkersPlanned
 from server.watching.app import watching_app
 from server.watching.folder import RunFolder
 from simulations.spent import spent_in
@@ -97,7 +98,11 @@ class Texts(HTMLParser):
 
 @needs_browser
 def test_the_page_draws_a_run_and_follows_it(tmp_path: Path) -> None:
-    folder = write(tmp_path / "one", [*beginning(), *a_round(1)])
+    used = ResourcesUsed(
+        time=BEGAN + 9, processors=0.94, memory=3_100_000_000, gpus=(0.5,), gpu_memory=(5_000_000_000,)
+    )
+    planned = WorkersPlanned(time=BEGAN + 9, workers=2, plan=("GPU 0: 2 workers",))
+    folder = write(tmp_path / "one", [*beginning(), planned, used, *a_round(1)])
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     rest = [a_round(2), [*a_round(3), *a_round(4)], ending(4)]
@@ -117,7 +122,7 @@ def test_the_page_draws_a_run_and_follows_it(tmp_path: Path) -> None:
     assert page.text["title"] == "city-hospitals"
     assert page.text["status"] == "finished"
     assert "4 of 4 rounds" in page.text["progress"]
-    assert "1 m 33 s so far" in page.text["progress"]  # 9 + 4 * 20 + 4
+    assert "took 1 m 33 s" in page.text["progress"]  # 9 + 4 * 20 + 4
     assert page.text["result"] == "accuracy 0.750 after round 4"
     assert "trouble" in page.hidden
     # Curves: words for who does not see them, and all numbers in a table.
@@ -139,6 +144,8 @@ def test_the_page_draws_a_run_and_follows_it(tmp_path: Path) -> None:
     assert "rounds 1 m 20 s 86 %" in page.text["phases"]
     assert "test 4.0 s 4 %" in page.text["phases"]
     assert "vector 14 s 14 s 56 s" in page.text["stages"]
+    assert page.text["plan"] == "2 workers; GPU 0: 2 workers"
+    assert page.text["used"] == "Last: processors 94 %, memory 3.1 GB, GPU 0 50 %, 5.0 GB"
     assert page.text["privacy"] == (
         "Allowed for the whole run: epsilon 8 at delta 1e-5 for each patient at each site. Spent so far: epsilon 1.250"
         " at the site that paid most of 1 whose ledgers were read."
