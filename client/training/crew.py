@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 from client.protection import Mechanism
 from client.training.helper import start_helper
 from client.training.orders import Begin, Failed, Part, SetUp
-from client.training.together import LOOPBACK, flat, join, leave, unflat
+from client.training.together import LOOPBACK, MOST_WAIT, flat, join, leave, unflat
 from common.codec.state import AdapterState
 from common.config.manifest import Manifest
 from common.errors import AdapterError, CoadaptError, ModelError, OutOfMemory, PrivacyError, TrainingError
@@ -75,7 +76,7 @@ class Crew:
         self._rank, self._gpu_memory = rank, gpu_memory
         self._helpers: list[tuple[subprocess.Popen[bytes], Connection]] = []
         self._store = folder / "none"
-        self._joined = False
+        self._member = self._joined = False  # of torch's group; and all others are
 
     @property
     def processes(self) -> int:
@@ -135,6 +136,7 @@ class Crew:
                 self._hear(number)
             for number in range(1, self.processes):
                 self._say(number, "join")
+            self._member = True
             try:
                 join(self._devices[0], str(self._store), 0, self.processes)
             except RuntimeError as error:
@@ -211,8 +213,9 @@ class Crew:
         for process, _ in self._helpers:
             with contextlib.suppress(subprocess.TimeoutExpired):  # in a driver that hangs; the kernel ends it later
                 process.wait(END_SECONDS)
-        self._helpers, self._joined = [], False
-        leave()
+        if self._member:
+            leave()
+        self._helpers, self._member, self._joined = [], False, False
         self._store.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -228,8 +231,10 @@ class Crew:
         """Wait for a collective, and for a process that will never come to it."""
         connections = {connection: number for number, (_, connection) in enumerate(self._helpers, start=1)}
         try:
-            work = begin()
+            work, began = begin(), time.monotonic()
             while not work.is_completed():
+                if time.monotonic() - began > MOST_WAIT.total_seconds():
+                    raise TrainingError(f"a card did not answer for {MOST_WAIT}; look at it with `nvidia-smi`")
                 for connection in wait(list(connections), LOOK_SECONDS):
                     assert isinstance(connection, Connection)  # noqa: S101 - given above
                     self._hear(connections[connection])

@@ -64,7 +64,9 @@ def main() -> None:
 
         serve(connection, set_up)
     except BaseException as error:
-        code = OutOfMemory.code if isinstance(error, MemoryError) else error_code(error)
+        # Torch has a class of its own for devices; where it is met outside of a step nobody has translated it.
+        scarce = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        code = OutOfMemory.code if scarce else error_code(error)
         with contextlib.suppress(OSError):  # the vault is gone
             connection.send(Failed(code, str(error)))
         os._exit(1)  # without a word of torch's about the group that is left

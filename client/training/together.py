@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["LOOPBACK", "flat", "join", "leave", "unflat"]
+__all__ = ["LOOPBACK", "MOST_WAIT", "flat", "join", "leave", "unflat"]
 
 # What keeps a process's collectives on this machine, and leaves it to the vault to end what hangs. Whoever is on
 # another machine can reach none of the ports; NCCL, which cards use, also has a secret in the private store.
