@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -198,7 +198,7 @@ class Crew:
             before = [getattr(parameter, attribute, None) for parameter in parameters]
             sums = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, before, strict=True)]
             buffer = flat([*sums, sums[0].new_tensor([value])])
-            self._finish(lambda: dist.reduce(buffer, 0, async_op=True))
+            self._finish(lambda: dist.reduce(buffer, 0, async_op=True), answered=True)
         for parameter, old, new in zip(parameters, before, unflat(buffer, parameters), strict=True):
             # What no gradient reaches has none here either: an optimiser treats that otherwise than zero.
             if old is not None or not shares[0]:
@@ -227,28 +227,35 @@ class Crew:
             self.close()
             raise
 
-    def _finish(self, begin: Callable[[], Any]) -> None:
-        """Wait for a collective, and for a process that will never come to it."""
-        connections = {connection: number for number, (_, connection) in enumerate(self._helpers, start=1)}
+    def _finish(self, begin: Callable[[], Any], *, answered: bool = False) -> None:
+        """Wait for a collective, and for a process that will never come to it; with `answered` also until each of them
+        says that it has nothing of its sum any more."""
+        connections = self._connections()
+        silent = set(connections.values()) if answered else set()
         try:
-            work, began = begin(), time.monotonic()
-            while not work.is_completed():
+            work, began, over = begin(), time.monotonic(), False
+            while silent or not over:
+                if not over and work.is_completed():
+                    work.wait()
+                    over = True
+                for connection in wait(list(connections), LOOK_SECONDS if silent or not over else 0):
+                    number = connections[cast(Connection, connection)]
+                    self._hear(number)
+                    silent.discard(number)
                 if time.monotonic() - began > MOST_WAIT.total_seconds():
                     raise TrainingError(f"a card did not answer for {MOST_WAIT}; look at it with `nvidia-smi`")
-                for connection in wait(list(connections), LOOK_SECONDS):
-                    assert isinstance(connection, Connection)  # noqa: S101 - given above
-                    self._hear(connections[connection])
-            work.wait()
         except RuntimeError as error:
             self._last_word()
             raise TrainingError(f"the processes of the cards lost each other in a step: {error}") from error
 
     def _last_word(self) -> None:
         """What a process said before it ended, if one did, as an error."""
-        connections = {connection: number for number, (_, connection) in enumerate(self._helpers, start=1)}
+        connections = self._connections()
         for connection in wait(list(connections), LAST_WORD_SECONDS):
-            assert isinstance(connection, Connection)  # noqa: S101 - given above
-            self._hear(connections[connection])
+            self._hear(connections[cast(Connection, connection)])
+
+    def _connections(self) -> dict[Connection, int]:
+        return {connection: number for number, (_, connection) in enumerate(self._helpers, start=1)}
 
     def _say(self, number: int, order: object) -> None:
         try:

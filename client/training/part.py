@@ -97,4 +97,7 @@ def _parts(connection: Connection, model: nn.Module, own: Sums, undo: Callable[[
         # With privacy nothing without noise may stay here; the reduction may also have left others' sums.
         buffer.zero_()
         undo()
+        if buffer.is_cuda:
+            torch.cuda.synchronize()
+        connection.send("summed")
         del order, found, sums
