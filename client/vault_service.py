@@ -119,10 +119,9 @@ def _vault(policy: SitePolicy, manifest: Manifest, home: SiteHome, log: Log) -> 
     if len(found) > 1:
         crew = Crew(manifest, found, home.runs / ".cards", rank=policy.training.rank, gpu_memory=memory)
         crew.start()
-    log("cards", computing=len(found), processes=max(1, len(found)))
-
-    if torch.cuda.is_available() and policy.limits.gpu_memory < 1:
-        torch.cuda.set_per_process_memory_fraction(policy.limits.gpu_memory)
+        log("cards", computing=len(found))
+    if torch.cuda.is_available() and memory < 1:
+        torch.cuda.set_per_process_memory_fraction(memory)
     return Vault.of(policy, manifest, log=home.log, require_budget=False, crew=crew)
 
 
