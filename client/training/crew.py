@@ -139,12 +139,9 @@ class Crew:
             self._member = True
             try:
                 join(self._devices[0], str(self._store), 0, self.processes)
-            except RuntimeError as error:
+            except TrainingError:
                 self._last_word()
-                raise TrainingError(
-                    "the processes of the cards cannot reach each other over this machine's loopback interface, which"
-                    f" the vault's service must allow (`coadapt site service`), or set training.gpus = 1: {error}"
-                ) from error
+                raise
             for number in range(1, self.processes):
                 self._hear(number)
             self._joined = True
@@ -271,7 +268,8 @@ class Crew:
             raise self._lost(number) from None
         if isinstance(said, Failed):
             kind = KNOWN.get(said.code, TrainingError)
-            raise kind(f"on {self._devices[number]} training cannot go on ({said.code}): {said.text}")
+            text = " ".join(said.text.split())  # torch's have lines
+            raise kind(f"on {self._devices[number]} training cannot go on ({said.code}): {text}")
         return said
 
     def _lost(self, number: int) -> TrainingError:

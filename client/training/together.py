@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import TrainingError
+
 __all__ = ["LOOPBACK", "MOST_WAIT", "flat", "join", "leave", "unflat"]
 
 # What keeps a process's collectives on this machine, and leaves it to the vault to end what hangs. Whoever is on
@@ -22,6 +24,8 @@ LOOPBACK = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
 
+# Longest that they look for each other. Gloo also ends a collective then; NCCL does not (above).
+JOIN_WAIT = timedelta(minutes=5)
 # Longest that processes wait for each other where none has ended: a card that hangs.
 MOST_WAIT = timedelta(minutes=30)
 
@@ -30,15 +34,26 @@ def join(device: str, store: str, number: int, processes: int) -> None:
     """Become one of the processes; NCCL between cards, gloo where the processor computes.
 
     Raises:
-        RuntimeError: torch's, they cannot reach each other.
+        TrainingError: they cannot reach each other.
     """
     card = torch.device(device) if device.startswith("cuda") else None
+    try:
+        _init(card, store, number, processes)
+    except RuntimeError as error:
+        raise TrainingError(
+            "the processes of the cards cannot reach each other over this machine's loopback interface, which the"
+            " vault's service must allow: write it again with `coadapt site service`, or set training.gpus = 1 in"
+            f" site.toml: {error}"
+        ) from error
+
+
+def _init(card: torch.device | None, store: str, number: int, processes: int) -> None:
     dist.init_process_group(
         "gloo" if card is None else "nccl",
         store=dist.FileStore(store, processes),  # type: ignore[attr-defined]  # a public class of torch's, not listed
         rank=number,
         world_size=processes,
-        timeout=MOST_WAIT,
+        timeout=JOIN_WAIT,
         device_id=card,
     )
 
