@@ -19,7 +19,7 @@ from client.site_keys import loose_places
 from common.app_bundle import app_digest
 from common.config.loading import load_manifest
 from common.config.manifest import Manifest
-from common.errors import CoadaptError
+from common.errors import CoadaptError, ManifestError
 from common.findings import Finding
 from common.roster import SignedRoster, verify_roster
 
@@ -59,10 +59,11 @@ def check_site(home: SiteHome, *, offline: bool = False) -> Iterator[Finding]:
         own = policy
         yield from _looked("ledger", lambda: _ledger(own, manifest))
         yield from _looked("machine", lambda: _disk(home))
+        yield from _looked("cards", lambda: _cards(own))
     if policy is not None and manifest is not None:
         own, agreed = policy, manifest
         yield from _looked("policy", lambda: _admission(home, agreed, own))
-        yield from _looked("base", lambda: _base(agreed))
+        yield from _looked("base", lambda: _base(agreed, own))
         yield from _looked("data", lambda: _data(agreed, own))
     elif policy is not None:
         own = policy
@@ -143,15 +144,31 @@ def _ledger(policy: SitePolicy, manifest: Manifest | None) -> Iterator[Finding]:
         yield Finding("ok", "budget", "the next round can be paid")
 
 
-def _base(manifest: Manifest) -> Iterator[Finding]:
+def _cards(policy: SitePolicy) -> Iterator[Finding]:
+    import torch
+
+    from client.cards import cards
+
+    there = torch.cuda.device_count()
+    computing = cards(policy.training.gpus, there)
+    text = f"{computing} of {there} GPUs will compute" if there else "no GPU is seen: the processor will compute"
+    yield Finding("ok", "cards", text + (", each in a process of its own" if computing > 1 else ""))
+
+
+def _base(manifest: Manifest, policy: SitePolicy) -> Iterator[Finding]:
     import psutil
 
+    from client.cards import devices
     from common.models import find_base
 
     base = find_base(manifest.model)
     yield Finding("ok", "base", f"{base.folder} has the agreed digest {base.weights_sha256[:16]}...")
     size = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
-    need, free = int(PROCESS_BYTES + BYTES_PER_BASE_BYTE * size), psutil.virtual_memory().available
+    try:
+        processes = max(1, len(devices(policy.training.gpus)))
+    except ManifestError:  # a finding of its own
+        processes = 1
+    need, free = processes * int(PROCESS_BYTES + BYTES_PER_BASE_BYTE * size), psutil.virtual_memory().available
     text = f"about {need / 2**30:.1f} GiB are needed (an estimate), {free / 2**30:.1f} GiB are free"
     yield Finding("ok" if free >= need else "warning", "memory", text)
 

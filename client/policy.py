@@ -128,6 +128,9 @@ class TrainingPolicy(Section):
         description="adapter rank that this site trains, where it is smaller than the manifest's (aggregation 'sketch',"
         " 'dense')",
     )
+    gpus: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="GPUs to compute on: auto (all that the vault sees), or so many of the first ones"
+    )
 
 
 class SitePolicy(Section):

@@ -11,6 +11,7 @@ from client.protection import Protection
 from client.resident import Resident
 from client.sampling import batches
 from client.state import SiteState
+from client.training.crew import Crew
 from client.training.loop import train
 from client.training.preflight import check_gradients, check_moved, check_randomness
 from client.training.private import train_private
@@ -52,10 +53,11 @@ def train_round(
     protection: Protection | None,
     *,
     unreleased: bool = False,
+    crew: Crew | None = None,
 ) -> tuple[Envelope, SiteState]:
     """Answer a RoundStart with what the site contributes; with privacy, what the round costs is charged before.
 
-    `unreleased`: see `Protection.charge`.
+    `unreleased`: see `Protection.charge`. A `crew` trains together with this process.
 
     Raises:
         MessageError: the round came before, lies outside the run, or the adapter is not the one announced.
@@ -71,13 +73,18 @@ def train_round(
         raise MessageError(f"round {start.round} follows on fewer aggregations than {start.accepted}")
     _check_adapter(envelope, start.adapter_sha256)
     if protection is not None:
-        return _train_privately(envelope, start, manifest, site, resident, state, protection, unreleased=unreleased)
+        return _train_privately(
+            envelope, start, manifest, site, resident, state, protection, unreleased=unreleased, crew=crew
+        )
     # 2. Measure the adapter as it arrived, on records that are never trained on.
     resident.take(envelope.tensors)
     counts = _counts(manifest, site, resident) if start.evaluate else {}
-    train_only(resident.model, trained_names(envelope.tensors, phase_of(manifest, start.accepted)))
+    trained = trained_names(envelope.tensors, phase_of(manifest, start.accepted))
+    train_only(resident.model, trained)
     # 3. Train the agreed number of steps, going on in the site's records where the last round ended.
     seed_dropout(section.seed, site.name, start.round)
+    if crew is not None:
+        crew.take(envelope.tensors, list(trained), seed=section.seed, labels=(site.name, start.round))
     outcome = train(
         resident.model,
         resident.task,
@@ -88,6 +95,7 @@ def train_round(
         steps=section.local_steps,
         total_steps=section.rounds * section.local_steps,
         precision=resident.precision,
+        crew=crew,
     )
     # 4. Reply with the contribution alone.
     after = resident.made_of(envelope.tensors)
@@ -116,9 +124,12 @@ def _train_privately(
     protection: Protection,
     *,
     unreleased: bool,
+    crew: Crew | None,
 ) -> tuple[Envelope, SiteState]:
     """The same with privacy: nothing in the answer but the noised change is computed from records."""
     section = manifest.training
+    if crew is not None:
+        crew.ready()  # a card that is not there costs nothing
     # 2. The cost is on the disk before training begins, whatever happens then.
     protection.charge(start.run_id, start.round, site.units, unreleased=unreleased)
     # 3. Train the agreed number of noised steps; before the first ones what the guarantee rests on is checked.
@@ -133,6 +144,9 @@ def _train_privately(
         check_randomness(protection.mechanism, randomness, len(units))
         check_gradients(resident.model, resident.task, units, resident.precision)
     seed_dropout(section.seed, site.name, start.round)
+    if crew is not None:
+        labels = (site.name, start.round)
+        crew.take(envelope.tensors, list(trained), seed=section.seed, labels=labels, mechanism=protection.mechanism)
     seconds = train_private(
         resident.model,
         resident.task,
@@ -144,6 +158,7 @@ def _train_privately(
         steps=section.local_steps,
         total_steps=section.rounds * section.local_steps,
         precision=resident.precision,
+        crew=crew,
     )
     # 4. Reply with the change, and beside it with public numbers alone.
     after = resident.made_of(envelope.tensors)

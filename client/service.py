@@ -5,7 +5,7 @@ from pathlib import Path
 
 from client.home import SiteHome
 from client.isolation import Users
-from client.policy import load_policy
+from client.policy import SitePolicy, load_policy
 from common.framing import framed
 from common.supervise import Program, module_command
 from common.systemd import container_file, quoted, service_unit, write_files
@@ -79,9 +79,11 @@ def write_services(home: SiteHome, into: Path, *, log_json: bool = False) -> lis
                 ("WorkingDirectory", quoted(str(folder))),
                 ("ReadWritePaths", " ".join(quoted(str(place)) for place in writable)),
                 *([("ReadOnlyPaths", " ".join(map(quoted, outside)))] if outside else []),
-                # The relay alone goes to the network: the vault speaks over its Unix socket.
-                ("RestrictAddressFamilies", "AF_UNIX"),
+                # The relay alone goes to the network: the vault speaks over its Unix socket, and where several cards
+                # compute its processes find each other on this machine's own interface.
+                ("RestrictAddressFamilies", "AF_UNIX AF_INET AF_NETLINK" if _several_cards(policy) else "AF_UNIX"),
                 ("IPAddressDeny", "any"),
+                *([("IPAddressAllow", "localhost")] if _several_cards(policy) else []),
             ],
             after=("local-fs.target",),
             wanted=(),
@@ -115,3 +117,10 @@ def write_services(home: SiteHome, into: Path, *, log_json: bool = False) -> lis
         ),
     }
     return write_files(into, files)
+
+
+def _several_cards(policy: SitePolicy) -> bool:
+    """Whether more than one GPU will compute on this machine, as far as its device files tell without torch."""
+    if policy.training.gpus == "auto":
+        return len(list(Path("/dev").glob("nvidia[0-9]*"))) > 1
+    return policy.training.gpus > 1

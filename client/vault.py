@@ -11,6 +11,7 @@ from client.resident import resident
 from client.round import SiteData, evaluate, project, train_round
 from client.site_log import note
 from client.state import SiteState
+from client.training.crew import Crew
 from common.config.manifest import Columns, Manifest
 from common.data_files import clean_name, read_records
 from common.errors import DataError, MessageError, PrivacyError, error_code
@@ -28,7 +29,7 @@ class Vault:
     at the site; what leaves is a fixed word. A manifest with privacy needs the `population` that the records belong to
     and the `ledger` that is charged. `rank` is the adapter rank that this site trains, where it is smaller than the
     manifest's. Records of `withdrawn` units are not read. With `require_budget` false a vault is made that can pay no
-    further round, to finish what was paid for.
+    further round, to finish what was paid for. A `crew` of further processes trains with this one.
 
     Raises:
         CoadaptError: of its tree the one that fits; without budget for a round no record is read.
@@ -48,11 +49,13 @@ class Vault:
         rank: int | None = None,
         withdrawn: AbstractSet[str] = frozenset(),
         require_budget: bool = True,
+        crew: Crew | None = None,
     ) -> None:
         self._manifest = manifest
         self._digest = manifest.digest()
         self._log = log
         self._rank = rank
+        self._crew = crew
         self._protection: Protection | None = None
         if manifest.privacy is not None:
             if population is None or ledger is None:
@@ -65,7 +68,15 @@ class Vault:
         )
 
     @classmethod
-    def of(cls, policy: SitePolicy, manifest: Manifest, *, log: Path, require_budget: bool = True) -> Self:
+    def of(
+        cls,
+        policy: SitePolicy,
+        manifest: Manifest,
+        *,
+        log: Path,
+        require_budget: bool = True,
+        crew: Crew | None = None,
+    ) -> Self:
         """The vault of a site, by its policy.
 
         Raises:
@@ -86,6 +97,7 @@ class Vault:
             rank=policy.training.rank,
             withdrawn=policy.withdrawn_units(),
             require_budget=require_budget,
+            crew=crew,
         )
 
     def charged(self, run_id: str) -> list[int]:
@@ -124,7 +136,15 @@ class Vault:
         model = resident(self._manifest, self._rank)
         if isinstance(header, RoundStart):
             return train_round(
-                request, header, self._manifest, self._site, model, state, self._protection, unreleased=unreleased
+                request,
+                header,
+                self._manifest,
+                self._site,
+                model,
+                state,
+                self._protection,
+                unreleased=unreleased,
+                crew=self._crew,
             )
         if isinstance(header, Project):
             return project(request, header, self._manifest, state)

@@ -99,22 +99,30 @@ def open_session(home: SiteHome, executor: Executor, log: Log) -> Session:
         rounding_key=_rounding_key(home),
         runs=home.runs,
         log=home.log,
-        vault=None if found else executor.submit(_vault, policy, manifest, home.log).result(),
+        vault=None if found else executor.submit(_vault, policy, manifest, home, log).result(),
         ledger=Ledger(Path(policy.ledger)) if private else None,
         executor=executor,
     )
     return Session(parts, AuditLog(home.audit))
 
 
-def _vault(policy: SitePolicy, manifest: Manifest, log: Path) -> Trains:
-    """Read the records and load the base model, in the thread that trains."""
+def _vault(policy: SitePolicy, manifest: Manifest, home: SiteHome, log: Log) -> Trains:
+    """Read the records and load the base model, in the thread that trains; further cards load it in their processes."""
     import torch
 
+    from client.cards import devices
+    from client.training.crew import Crew
     from client.vault import Vault
 
-    if torch.cuda.is_available() and policy.limits.gpu_memory < 1:
-        torch.cuda.set_per_process_memory_fraction(policy.limits.gpu_memory)
-    return Vault.of(policy, manifest, log=log, require_budget=False)
+    found, memory = devices(policy.training.gpus), policy.limits.gpu_memory
+    crew = None
+    if len(found) > 1:
+        crew = Crew(manifest, found, home.runs / ".cards", rank=policy.training.rank, gpu_memory=memory)
+        crew.start()
+        log("cards", computing=len(found))
+    if torch.cuda.is_available() and memory < 1:
+        torch.cuda.set_per_process_memory_fraction(memory)
+    return Vault.of(policy, manifest, log=home.log, require_budget=False, crew=crew)
 
 
 def _listening(home: SiteHome, session: Session, policy: SitePolicy) -> grpc.Server:

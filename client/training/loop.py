@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from client.ticks import tick
+from client.training.crew import Crew
 from client.training.physical import roomy
 from common.adapters import is_head, trained_parameters
 from common.config.manifest import TrainingSection
@@ -18,7 +19,7 @@ from common.errors import NotFiniteLoss
 from common.schedule import learning_rate
 from common.tasks.task import Example, Task
 
-__all__ = ["Outcome", "new_optimizer", "set_learning_rates", "train"]
+__all__ = ["Outcome", "batch_gradient", "new_optimizer", "set_learning_rates", "train"]
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,19 @@ def train(
     steps: int,
     total_steps: int,
     precision: str,
+    crew: Crew | None = None,
 ) -> Outcome:
     """Take `steps` AdamW steps from the model's present adapter, in place.
 
     The optimiser starts afresh, as it must where the adapter came from the coordinator. A step's gradient is the mean
     over its batch, whatever the size of the micro-batches. With `proximal_mu` the FedProx term (Li et al. 2020,
-    equation 2) pulls towards the adapter that training started from.
+    equation 2) pulls towards the adapter that training started from. A `crew` of further processes, which has taken the
+    same adapter, computes a part of every batch.
 
     Raises:
         NotFiniteLoss: the loss became NaN or infinite; the model is left as it is.
         OutOfMemory: memory does not suffice (`client/training/physical.py`); the model is left as it is.
+        TrainingError: one of the crew failed; the model is left as it is.
     """
     parameters = [p for p in trained_parameters(model).values() if p.requires_grad]
     anchor = [parameter.detach().clone() for parameter in parameters] if section.proximal_mu else []
@@ -90,11 +94,18 @@ def train(
         model.train()
     losses: list[float] = []
     steps_in_room = roomy(section)
+    undo = partial(optimizer.zero_grad, set_to_none=True)
+
+    def mean(units: Sequence[Sequence[Example]], of: int) -> float:
+        gradient = partial(batch_gradient, model, task, [example for unit in units for example in unit], of, precision)
+        return steps_in_room.summed(gradient, undo=undo)
+
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, steps), start=first_step):
         set_learning_rates(optimizer, section, step, total_steps)
-        gradient = partial(_gradient, model, task, [examples[index] for index in batch], precision)
-        loss = steps_in_room.summed(gradient, undo=partial(optimizer.zero_grad, set_to_none=True))
+        own = partial(mean, of=len(batch))
+        units = [[examples[index]] for index in batch]
+        loss = own(units) if crew is None else crew.summed(parameters, units, own)
         if not math.isfinite(loss):
             raise NotFiniteLoss(f"the loss became {loss} in step {step - first_step + 1}; try a lower learning rate")
         for parameter, start in zip(parameters, anchor, strict=False):
@@ -107,8 +118,13 @@ def train(
     return Outcome(sum(losses) / len(losses), steps * section.batch_size, time.perf_counter() - started)
 
 
-def _gradient(model: nn.Module, task: Task, examples: Sequence[Example], precision: str, size: int) -> float:
-    """Leave the gradient of the batch's mean loss in the parameters, `size` records at once; return that loss."""
+def batch_gradient(
+    model: nn.Module, task: Task, examples: Sequence[Example], of: int, precision: str, size: int
+) -> float:
+    """Leave the examples' part of the gradient of a batch's mean loss in the parameters, `size` records at once.
+
+    The batch has `of` examples. Returns the examples' part of that loss.
+    """
     device = next(model.parameters()).device
     # Micro-batches of like lengths need little padding; the gradient is a mean, so their order does not matter.
     examples = sorted(examples, key=lambda example: len(example.tokens))
@@ -117,7 +133,7 @@ def _gradient(model: nn.Module, task: Task, examples: Sequence[Example], precisi
         batch = task.collate(examples[start : start + size], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = model(**batch.inputs())
-        loss: Tensor = task.losses(output, batch).sum() / len(examples)
+        loss: Tensor = task.losses(output, batch).sum() / of
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return float(total)

@@ -18,6 +18,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from client.protection import Mechanism
+from client.training.crew import Crew
 from client.training.loop import new_optimizer, set_learning_rates
 from client.training.per_sample import Engine, per_sample_gradients
 from client.training.physical import physical_records, roomy
@@ -30,15 +31,15 @@ from common.tasks.task import Example, Task
 if TYPE_CHECKING:  # the audit trains with what is here
     from client.training.audit import Canaries
 
-__all__ = ["NoisedOptimizer", "train_private", "unit_gradients"]
+__all__ = ["Clipper", "NoisedOptimizer", "clipped_sum", "clipper", "train_private", "unit_gradients"]
 
 # Noised sums are rounded to multiples of the noise's deviation times this power of two. The grid is far coarser than
 # the spacing of float64 in which sum and noise are added, so the low bits, which can betray the sum, are gone.
 GRID = 2.0**-20
 
 
-class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus' optimiser with noise from the operating system, added in float64 and rounded to a grid.
+class Clipper(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """Opacus' optimiser as far as it clips and sums. It has no noise, so it takes no step.
 
     With `mechanism.head_clip` c_h the parts of a unit's gradient are bounded apart (McMahan et al. 2018, section 2.3,
     "per-layer clipping"): that of `head` to c_h, the rest to sqrt(clip^2 - c_h^2). Otherwise the part with the longer
@@ -46,11 +47,7 @@ class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        mechanism: Mechanism,
-        randomness: SystemRandomness,
-        head: Iterable[nn.Parameter] = (),
+        self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, head: Iterable[nn.Parameter] = ()
     ) -> None:
         super().__init__(
             optimizer,
@@ -59,7 +56,6 @@ class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
             expected_batch_size=mechanism.expected_units,
             loss_reduction="mean",
         )
-        self._randomness = randomness
         of_the_head = {id(parameter) for parameter in head}
         own = [p for p in self.params if id(p) in of_the_head]
         rest = [p for p in self.params if id(p) not in of_the_head]
@@ -77,6 +73,28 @@ class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         super().clip_and_accumulate()
 
     def add_noise(self) -> None:
+        """Refused.
+
+        Raises:
+            PrivacyError: always.
+        """
+        raise PrivacyError("a step was about to be taken without noise; nothing was released")
+
+
+class NoisedOptimizer(Clipper):
+    """The same with noise from the operating system, added in float64 and rounded to a grid."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        mechanism: Mechanism,
+        randomness: SystemRandomness,
+        head: Iterable[nn.Parameter] = (),
+    ) -> None:
+        super().__init__(optimizer, mechanism, head)
+        self._randomness = randomness
+
+    def add_noise(self) -> None:
         """`p.grad` becomes the sum of clipped gradients plus noise of deviation noise_multiplier x clip."""
         deviation = self.noise_multiplier * self.max_grad_norm
         noise = self._randomness.normal(sum(parameter.numel() for parameter in self.params))
@@ -88,6 +106,15 @@ class NoisedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
             if deviation:
                 noised = torch.round(noised / (deviation * GRID)) * (deviation * GRID)
             parameter.grad = noised.to(parameter.device, parameter.dtype)
+
+
+def clipper(model: nn.Module, section: TrainingSection, mechanism: Mechanism) -> Clipper:
+    """What clips and sums the gradients of all that `model` trains now, for a process that adds no noise."""
+    return Clipper(new_optimizer(model, section), mechanism, _head(model))
+
+
+def _head(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in trained_parameters(model).items() if is_head(name)]
 
 
 def train_private(
@@ -103,32 +130,44 @@ def train_private(
     total_steps: int,
     precision: str,
     canaries: "Canaries | None" = None,
+    crew: Crew | None = None,
 ) -> float:
     """Take `steps` noised AdamW steps from the model's present adapter, in place; the seconds that they took.
 
     `units` holds the examples of each privacy unit. Nothing about single steps comes back: their losses and sizes
     are private. A step that samples no unit adds noise alone. `canaries` are further units, of an audit.
+    A `crew` of further processes, which has taken the same adapter and the mechanism, clips and sums a part of the
+    units that are sampled here; the noise is drawn here, once for the whole sum.
 
     Raises:
         PrivacyError: a check of the mechanism failed; the model may have been changed and must not be sent.
         OutOfMemory: memory does not suffice (`client/training/physical.py`); the same holds.
+        TrainingError: one of the crew failed; the same holds.
     """
     plain = new_optimizer(model, section)
-    head = (parameter for name, parameter in trained_parameters(model).items() if is_head(name))
-    optimizer = NoisedOptimizer(plain, mechanism, randomness, head)
+    optimizer = NoisedOptimizer(plain, mechanism, randomness, _head(model))
+    parameters = [p for p in trained_parameters(model).values() if p.requires_grad]
     if canaries is not None:
         optimizer.attach_step_hook(canaries.look)
     model.train()
     steps_in_room = roomy(section)
     began = time.perf_counter()
     with per_sample_gradients(model) as engine:
+
+        def own(sampled: Sequence[Sequence[Example]]) -> float:
+            leave_sum = partial(clipped_sum, optimizer, engine, model, task, sampled, precision)
+            steps_in_room.summed(leave_sum, undo=partial(optimizer.zero_grad, set_to_none=True))
+            return 0.0  # nothing of single units but their clipped sum goes on
+
         for step in range(first_step, first_step + steps):
             set_learning_rates(plain, section, step, total_steps)
             chosen = randomness.chosen(len(units), mechanism.sampling_rate)
             sampled = [_capped(units[index], mechanism.records_per_unit, randomness) for index in chosen]
             # Sampled once, whatever memory allows: the passes after it are a way to compute one and the same sum.
-            leave_sum = partial(_clipped_sum, optimizer, engine, model, task, sampled, precision)
-            steps_in_room.summed(leave_sum, undo=partial(optimizer.zero_grad, set_to_none=True))
+            if crew is None:
+                own(sampled)
+            else:
+                crew.summed(parameters, sampled, own, attribute="summed_grad")
             if canaries is not None:
                 for drawn in canaries.batches(randomness, mechanism.sampling_rate, physical_records(section)):
                     canaries.leave_gradients(drawn, mechanism.clip)
@@ -140,12 +179,12 @@ def train_private(
     return time.perf_counter() - began
 
 
-def _clipped_sum(
-    optimizer: NoisedOptimizer,
+def clipped_sum(
+    optimizer: Clipper,
     engine: Engine,
     model: nn.Module,
     task: Task,
-    units: Sequence[list[Example]],
+    units: Sequence[Sequence[Example]],
     precision: str,
     size: int,
 ) -> None:
@@ -155,7 +194,7 @@ def _clipped_sum(
         _add(optimizer)
 
 
-def _add(optimizer: NoisedOptimizer) -> None:
+def _add(optimizer: Clipper) -> None:
     """Clip the gradients in `p.grad_sample`, add them to `p.summed_grad`, and let them go."""
     optimizer.clip_and_accumulate()
     for parameter in optimizer.params:
@@ -215,9 +254,9 @@ def _capped(unit: Sequence[Example], most: int, randomness: SystemRandomness) ->
     return [unit[index] for index in randomness.some_of(len(unit), most)]
 
 
-def _physical(units: Sequence[list[Example]], records: int) -> Iterator[list[list[Example]]]:
+def _physical(units: Sequence[Sequence[Example]], records: int) -> Iterator[list[Sequence[Example]]]:
     """Whole units in batches of at most `records` records, or of one unit; like lengths together, to pad little."""
-    batch: list[list[Example]] = []
+    batch: list[Sequence[Example]] = []
     count = 0
     for unit in sorted(units, key=lambda unit: max(len(example.tokens) for example in unit)):
         if batch and count + len(unit) > records:
