@@ -32,8 +32,11 @@ __all__ = ["Size", "measure_simulation"]
 
 REPETITIONS = 2
 
-# Sites of the run whose memory that of more sites is compared with.
+# Sites of the run whose memory that of more sites is compared with; both take clauses apart (`single_clauses`).
 FEW_SITES = 100
+
+# Seeds of the generator, each with about 1,500 clauses.
+SEEDS = 6
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,13 @@ def measure_simulation(size: Size, *, repetitions: int = REPETITIONS) -> dict[st
 
 
 def _measured(size: Size, base: str | None, repetitions: int) -> dict[str, float]:
-    manifest, masked = (_manifest(size, base, secure_sum=on) for on in (False, True))
+    crowd = size.sites > FEW_SITES
+    manifest, masked = (_manifest(size, base, secure_sum=on, crowd=crowd) for on in (False, True))
     few = 0.0
-    if size.sites > FEW_SITES:  # before the others: what a process keeps of its runs would flatter a later one
+    if crowd:  # before the others: what a process keeps of its runs would flatter a later one
         fewer = replace(size, sites=FEW_SITES)
         with PeakMemory() as peak:
-            _timed(_ours, _manifest(fewer, base, secure_sum=True))
+            _timed(_ours, _manifest(fewer, base, secure_sum=True, crowd=crowd))
         few = float(peak.bytes)
     ours: list[Cost] = []
     plain: list[Cost] = []
@@ -151,7 +155,7 @@ def _measured(size: Size, base: str | None, repetitions: int) -> dict[str, float
     }
 
 
-def _manifest(size: Size, base: str | None, *, secure_sum: bool) -> Manifest:
+def _manifest(size: Size, base: str | None, *, secure_sum: bool, crowd: bool) -> Manifest:
     """A base (None: the default one) on the default scenario's clauses, dealt evenly; nothing is held out, so nothing
     is measured."""
     values: Mapping[str, Any] = {
@@ -170,7 +174,7 @@ def _manifest(size: Size, base: str | None, *, secure_sum: bool) -> Manifest:
         "secure_sum": {"enabled": secure_sum},
         "simulation": {
             "sites": size.sites,
-            "source": "simulations.benchmarks.simulation:clauses",
+            "source": f"simulations.benchmarks.simulation:{'single_clauses' if crowd else 'clauses'}",
             "test_fraction": 0.0,
         },
     }
@@ -180,6 +184,13 @@ def _manifest(size: Size, base: str | None, *, secure_sum: bool) -> Manifest:
 def clauses(split: str, seed: int) -> Iterator[dict[str, str]]:
     """The default scenario's training clauses; nothing is held out and nothing tested, so that nothing is measured."""
     return records("train", seed) if split == "train" else iter(())
+
+
+def single_clauses(split: str, seed: int) -> Iterator[dict[str, str]]:
+    """Clauses enough for thousands of sites, each its own unit: contracts of many seeds, taken apart."""
+    for number in range(SEEDS if split == "train" else 0):
+        for place, row in enumerate(records("train", seed + number)):
+            yield {**row, "unit": f"{row['unit']}-{number}-{place}"}
 
 
 def _timed(run: Callable[[Manifest, Path], Timed], manifest: Manifest) -> Cost:
