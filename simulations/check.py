@@ -41,9 +41,10 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     folders = [folder for folder in (data, path.parent) if folder is not None]
     find_metrics(manifest, folders[-1])
     federation = read_federation(manifest, folders) if manifest.simulation else None
-    sites = len(federation.train) if federation else None
-    if sites is not None:
-        require_crowd(manifest, sites)
+    everyone = len(federation.train) if federation else None
+    if everyone is not None:
+        require_crowd(manifest, everyone)
+    sites = None if everyone is None else manifest.training.invited(everyone)
     manifest = pinned(manifest)
     if manifest.simulation:
         keep_to(manifest.simulation)
@@ -57,6 +58,7 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
     section, everything = manifest.training, sum(parameter.numel() for parameter in model.model.parameters())
     trainable = sum(array.size for array in state.values())
     examples = section.rounds * section.local_steps * section.batch_size
+    most = "" if sites == everyone else "at most "
     rows = [
         ("federation", manifest.name),
         ("manifest digest", manifest.digest()),
@@ -65,13 +67,17 @@ def print_check(path: Path, *, data: Path | None, overrides: Sequence[str], cons
         ("weights digest", str(manifest.model.weights_sha256)),
         ("trainable", f"{count_text(trainable)} parameters, {100 * trainable / everything:.2f} % of all"),
         ("rounds", f"{section.rounds} of {section.local_steps} steps of {section.batch_size} records"),
-        ("each site sees", f"{count_text(examples)} examples, repetitions counted"),
+        *([("participants", f"{sites} of {everyone} sites in a round")] if sites != everyone else []),
+        ("each site sees", f"{most}{count_text(examples)} examples, repetitions counted"),
         ("aggregation", _aggregation(manifest, state)),
         ("secure sum", _secure_sum(manifest, sites)),
         ("bytes of a round", f"{size_text(down)} down and {each_up} up for each site"),
     ]
     if sites is not None:
-        rows.append(("bytes of the run", f"{size_text((down * section.rounds + sum(up)) * sites)} for {sites} sites"))
+        each = "" if sites == everyone else " a round"
+        rows.append(
+            ("bytes of the run", f"{size_text((down * section.rounds + sum(up)) * sites)} for {sites} sites{each}")
+        )
     if federation and manifest.privacy is not None:
         rows.append(("privacy", _privacy(manifest, federation)))
     rows.extend(_memory(manifest, model, sites))

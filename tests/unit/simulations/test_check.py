@@ -13,10 +13,11 @@ from client.protection import published
 from common.adapters import first_state
 from common.codec.state import state_digest
 from common.config.loading import load_manifest
-from common.errors import DataError, ExtensionError, ManifestError, ModelError, PolicyRefused, PrivacyError
+from common.errors import DataError, ExtensionError, ManifestError, ModelError, PolicyRefused, PrivacyError, RunError
 from common.messages import Envelope, RoundDone, RoundStart, decode, encode
 from common.privacy.accounting import calibrate
 from simulations.check import print_check, training_bytes
+from simulations.devices import EMULATED
 from simulations.engine import pinned
 from simulations.live import size_text
 
@@ -91,6 +92,40 @@ def test_it_says_what_would_happen(manifest_file: Callable[..., Path]) -> None:
     assert sum(counted) == 54
     assert [row[2:] for row in rows.values()] == [["2", "of", "3"]] * 2
     assert "6 test records" in text
+
+
+def test_it_counts_the_sites_that_a_round_invites(manifest_file: Callable[..., Path]) -> None:
+    simulation = {"train": "train.jsonl", "sites": 6, "partitioner": "iid"}
+    everyone, some = (
+        facts_in(said_by(manifest_file(simulation=simulation, training={"rounds": 4, **training})))
+        for training in ({}, {"participants": 2})
+    )
+    assert some["participants"] == "2 of 6 sites in a round"
+    assert "participants" not in everyone
+    assert some["each site sees"] == f"at most {everyone['each site sees']}"
+    assert everyone["bytes of the run"].endswith("for 6 sites")
+    assert some["bytes of the run"].endswith("for 2 sites a round")
+    assert bytes_in(some["bytes of the run"]) == pytest.approx(bytes_in(everyone["bytes of the run"]) / 3, rel=0.05)
+
+
+def test_it_shows_what_fits_on_which_card_and_what_would_need_less(
+    manifest_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = manifest_file()
+    monkeypatch.setenv(EMULATED, "8,8")
+    text = said_by(path)
+    facts = facts_in(text)
+    assert facts["memory"].endswith("for a site that trains (an estimate)")
+    assert re.fullmatch(r'by formula .* with adapter.method = "qlora" \(a base in 4 bit\); .*', facts["would need"])
+    assert facts["workers"].startswith("2 with ")
+    for place in range(2):
+        assert re.search(rf"emulated GPU {place} \(8 GiB\): 1 worker, 2 records at once, \d+ MB of 8.6 GB", text)
+    monkeypatch.setenv(EMULATED, "0.3")
+    with pytest.raises(
+        RunError, match=r"no device has memory for a worker: .* what would fit: a smaller base"
+    ) as found:
+        said_by(path)
+    assert "\n" not in str(found.value)
 
 
 def test_it_says_how_much_noise_privacy_needs(manifest_file: Callable[..., Path]) -> None:
