@@ -7,7 +7,7 @@ that training does can leave the range.
 import math
 from functools import lru_cache
 
-from common.config.manifest import TrainingSection
+from common.config.training import TrainingSection
 
 __all__ = ["learning_rate", "most_moved"]
 

@@ -20,8 +20,8 @@ from common.contribution import contribution_shapes, projection_shapes
 from common.messages import Envelope, Evaluate, encode
 from server.aggregation.methods import method_for
 from simulations.devices import keep_to
-from simulations.engine import find_metrics, pinned
 from simulations.footprint import PROCESS_BYTES, training_bytes
+from simulations.pinning import find_metrics, pinned
 from simulations.planning import plan_workers, would_need
 from simulations.secure_sites import require_crowd
 from simulations.sites import FederationData, label_counts, populations, read_federation

@@ -32,11 +32,9 @@ from common.config.loading import load_manifest
 from common.config.manifest import Manifest
 from common.errors import CoadaptError, ManifestError, PrivacyError, RunError
 from common.evaluation import measure
-from common.extensions import load
 from common.flower import Grid
 from common.messages import Envelope, Evaluate, Evaluated, encode
 from common.metrics import Counts, figures
-from common.models import find_base, load_tokenizer
 from common.progress import (
     BaselineFinished,
     Event,
@@ -49,7 +47,6 @@ from common.progress import (
     RunStopped,
     SumOpened,
 )
-from common.tasks.causal_lm import prompt_digest
 from server.aggregation.methods import method_for
 from server.channel import Channel, FlowerChannel, Interrupted
 from server.coordinator import Coordinator
@@ -59,6 +56,7 @@ from simulations import summarise
 from simulations.app import client
 from simulations.baselines import HELD_OUT, TEST, part_of
 from simulations.devices import keep_to
+from simulations.pinning import find_metrics, pinned
 from simulations.placing import MemoryFinds, Placed
 from simulations.planning import plan_workers, work_of
 from simulations.profiling import read_profile
@@ -71,7 +69,7 @@ from simulations.slots import Plan, more_careful
 from simulations.starting import start_flower
 from simulations.summary import BaseModelFacts, ComparedFacts, MemoryFacts, RunSummary, Timing
 
-__all__ = ["Plan", "Run", "find_metrics", "pinned", "simulate", "simulate_on", "start_flower"]
+__all__ = ["Run", "simulate", "simulate_on"]
 
 # How long Flower's nodes are waited for; in a simulation they are there within milliseconds.
 NODES_SECONDS = 30.0
@@ -84,45 +82,6 @@ COMPARED = "compared"
 
 # How often answers are looked for. In one process that costs nothing, and workers wait at the end of a round.
 POLL_SECONDS = 0.02
-
-
-def pinned(manifest: Manifest, *, pinning: bool = False) -> Manifest:
-    """The manifest with the digests of the base, tokenizer and prompt that are used, and the base's full path.
-
-    `pinning` accepts a hub id without pins, as for `coadapt init`.
-
-    Raises:
-        ModelError: the base cannot be found, or is not the one that the manifest pins.
-    """
-    base = find_base(manifest.model, pinning=pinning)
-    local = Path(manifest.model.base).expanduser()
-    model = manifest.model.model_copy(
-        update={
-            "base": str(local.resolve()) if local.is_dir() else manifest.model.base,
-            "revision": base.revision,
-            "weights_sha256": base.weights_sha256,
-            "tokenizer_sha256": base.tokenizer_sha256,
-        }
-    )
-    task = manifest.task
-    if task.kind == "causal-lm":
-        # Digest of what is here: make_task has compared it with the manifest's when the resident was loaded.
-        digest = task.prompt_sha256 or prompt_digest(task, load_tokenizer(base))
-        task = task.model_copy(update={"prompt_sha256": digest})
-    return manifest.model_copy(update={"model": model, "task": task})
-
-
-def find_metrics(manifest: Manifest, search: Path) -> None:
-    """Import own metrics and an own aggregation, with `search` as a last place to look; workers are then told of it.
-
-    Raises:
-        ExtensionError: one of them cannot be imported.
-    """
-    for metric in manifest.metrics:
-        if ":" in metric:
-            load(metric, "metric", search=search)
-    if ":" in manifest.aggregation.method:
-        load(manifest.aggregation.method, "aggregation.method", search=search)
 
 
 def simulate(

@@ -17,7 +17,7 @@ from common.config.manifest import DEFAULT_BASE, METRICS
 from common.data_files import read_rows
 from common.durable import write_text
 from common.errors import DataError, RunError
-from simulations.engine import pinned
+from simulations.pinning import pinned
 
 __all__ = ["write_manifest"]
 

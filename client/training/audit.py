@@ -16,7 +16,7 @@ from torch import nn
 
 from client.protection import Mechanism
 from client.training.private import train_private
-from common.config.manifest import TrainingSection
+from common.config.training import TrainingSection
 from common.errors import PrivacyError
 from common.privacy.auditing import epsilon_shown
 from common.randomness import SystemRandomness

@@ -14,7 +14,7 @@ from client.ticks import tick
 from client.training.crew import Crew
 from client.training.physical import roomy
 from common.adapters import is_head, trained_parameters
-from common.config.manifest import TrainingSection
+from common.config.training import TrainingSection
 from common.errors import NotFiniteLoss
 from common.schedule import learning_rate
 from common.tasks.task import Example, Task

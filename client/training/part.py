@@ -20,7 +20,8 @@ from client.training.physical import roomy
 from client.training.private import clipped_sum, clipper
 from client.training.together import flat, join, unflat
 from common.adapters import train_only, trained_parameters
-from common.config.manifest import Manifest, TrainingSection
+from common.config.manifest import Manifest
+from common.config.training import TrainingSection
 from common.randomness import seed_dropout
 from common.tasks.task import Example
 

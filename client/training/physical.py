@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from common.config.manifest import TrainingSection
+from common.config.training import TrainingSection
 from common.errors import OutOfMemory
 
 __all__ = ["Halving", "Room", "is_out_of_memory", "physical_records", "release", "roomy", "within"]

@@ -23,7 +23,7 @@ from client.training.loop import new_optimizer, set_learning_rates
 from client.training.per_sample import Engine, per_sample_gradients
 from client.training.physical import physical_records, roomy
 from common.adapters import is_head, trained_parameters
-from common.config.manifest import TrainingSection
+from common.config.training import TrainingSection
 from common.errors import PrivacyError
 from common.randomness import SystemRandomness
 from common.tasks.task import Example, Task

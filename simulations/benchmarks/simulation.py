@@ -24,8 +24,9 @@ from simulations.app import client
 from simulations.benchmarks.memory import PeakMemory
 from simulations.benchmarks.plain_flower import plain_client, run_plain
 from simulations.contracts import LABELS, records
-from simulations.engine import Run, start_flower
+from simulations.engine import Run
 from simulations.sites import lay_out
+from simulations.starting import start_flower
 from simulations.tiny_base import make_encoder
 
 __all__ = ["Size", "measure_simulation"]

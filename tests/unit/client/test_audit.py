@@ -18,7 +18,8 @@ from client.resident import Resident, resident
 from client.training.audit import Canaries, audit
 from client.training.private import train_private
 from common.adapters import first_state, get_state, save_adapter, set_state
-from common.config.manifest import Manifest, TrainingSection
+from common.config.manifest import Manifest
+from common.config.training import TrainingSection
 from common.errors import CoadaptError, DataError, PrivacyError
 from common.privacy.accounting import calibrate
 from common.randomness import SystemRandomness

@@ -13,7 +13,8 @@ from client.resident import Resident, resident
 from client.training.loop import Outcome, new_optimizer, set_learning_rates, train
 from common.adapters import first_state, get_state, set_state, trained_parameters
 from common.codec.state import AdapterState, state_digest
-from common.config.manifest import Manifest, TrainingSection
+from common.config.manifest import Manifest
+from common.config.training import TrainingSection
 from common.errors import NotFiniteLoss
 from common.evaluation import measure
 from common.metrics import figures

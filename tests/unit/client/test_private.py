@@ -17,7 +17,8 @@ from client.training.preflight import check_gradients, check_moved, check_random
 from client.training.private import train_private, unit_gradients
 from common.adapters import get_state, is_head, set_state, train_head_alone
 from common.codec.state import AdapterState
-from common.config.manifest import Manifest, TrainingSection
+from common.config.manifest import Manifest
+from common.config.training import TrainingSection
 from common.errors import PrivacyError
 from common.randomness import SystemRandomness
 from common.records import TextRecord

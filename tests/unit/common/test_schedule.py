@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config.manifest import TrainingSection
+from common.config.training import TrainingSection
 from common.randomness import seeded
 from common.schedule import learning_rate, most_moved
 

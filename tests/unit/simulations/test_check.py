@@ -18,8 +18,8 @@ from common.messages import Envelope, RoundDone, RoundStart, decode, encode
 from common.privacy.accounting import calibrate
 from simulations.check import print_check, training_bytes
 from simulations.devices import EMULATED
-from simulations.engine import pinned
 from simulations.live import size_text
+from simulations.pinning import pinned
 
 # rank 3 on query, key, value, attention output (64 x 64 each), 64 x 128 and back, in two layers; the head 64 x 3 + 3.
 TRAINABLE = 2 * (4 * 3 * (64 + 64) + 2 * 3 * (64 + 128)) + 3 * 64 + 3

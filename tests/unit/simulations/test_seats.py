@@ -130,7 +130,7 @@ def seated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Seats:
 
 def test_what_a_worker_halved_is_told_once_and_kept_by_it(seated: Seats) -> None:
     from client.training.physical import Halving, physical_records
-    from common.config.manifest import TrainingSection
+    from common.config.training import TrainingSection
 
     section = TrainingSection.model_validate({"batch_size": 16})
     with at_work("north"):
