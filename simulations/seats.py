@@ -63,7 +63,12 @@ class Seats:
             device = plan.devices[slot.device]
             share = SAFE * device.memory / plan.on(slot.device)
             slots.append(
-                {**asdict(slot), "visible": visible(device), "gpu": _is_gpu(plan, slot.device), "bytes": share}
+                {
+                    **asdict(slot),
+                    "visible": visible(device),
+                    "card": device.index if _is_gpu(plan, slot.device) else None,
+                    "bytes": share,
+                }
             )
         write_text(folder / "plan.json", json.dumps(slots))
 
@@ -159,14 +164,22 @@ def take_seat() -> None:
                 continue
             beside = sum(other["device"] == slot["device"] for other in slots)
             os.environ[VISIBLE] = slot["visible"]
-            if slot["gpu"] and torch.cuda.is_available():
-                total = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, slot["bytes"] / total), 0)
+            if slot["card"] is not None and torch.cuda.is_available():
+                _keep_to_card(slot["card"], slot["bytes"])
             _taken.append(_Seat(folder, number, lock, slot["device"], beside, Room(slot["records"])))
             return
         if time.monotonic() > until:
             raise ServiceError(f"all {len(slots)} slots of the plan are taken; end workers of other runs")
         time.sleep(POLL)
+
+
+def _keep_to_card(card: int, most: float) -> None:
+    """Compute on this card alone and take no more of it than `most` bytes."""
+    # An import may have counted the cards already, and then the environment is not looked at any more.
+    if torch._C._cuda_getDeviceCount() > 1:
+        torch.cuda.set_device(card)
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total))
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """Seats and turns between real processes: one to a slot, as many at once as are open, and back when one dies."""
 
+import os
 import select
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common.errors import ServiceError
 from simulations import seats
@@ -159,6 +162,28 @@ def test_more_workers_than_slots_are_refused(seated: Seats, monkeypatch: pytest.
     monkeypatch.setattr(seats, "PATIENCE", 0.2)
     with pytest.raises(ServiceError, match="all 1 slots of the plan are taken"):
         take_seat()
+
+
+@pytest.mark.parametrize("counted", [1, 3])
+def test_a_worker_keeps_to_its_card_and_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: int
+) -> None:
+    """Torch's functions are replaced here; where cards were counted before the environment was set, they stay seen."""
+    asked: list[tuple[str, float]] = []
+    monkeypatch.setattr(seats, "_taken", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: counted, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2 if counted > 1 else 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=16 * GB))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: asked.append(("card", card)))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part: asked.append(("part", part)))
+    card = Device("GPU 2", 8 * GB, 2)
+    plan = Plan(1, (card,), (Slot(0, 0, 8), Slot(0, 1, 8)), Footprint(GB, GB, 0, 0))
+    monkeypatch.setenv(SLOTS, str(Seats(tmp_path / "slots", plan).folder))
+    take_seat()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert asked == [("card", 2), ("part", 0.9 / 4)][counted == 1 :]
 
 
 def test_a_process_that_nobody_gave_a_slot_computes_as_it_always_did(monkeypatch: pytest.MonkeyPatch) -> None:
