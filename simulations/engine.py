@@ -68,6 +68,7 @@ from simulations.sites import POOLED, FederationData, lay_out, populations, read
 from simulations.slots import Plan, more_careful
 from simulations.starting import start_flower
 from simulations.summary import BaseModelFacts, ComparedFacts, MemoryFacts, RunSummary, Timing
+from simulations.workers import require_cluster
 
 __all__ = ["Run", "simulate", "simulate_on"]
 
@@ -220,6 +221,8 @@ class Run:
                 mechanism(manifest, population)
             except PrivacyError as error:
                 raise PrivacyError(f"site {site!r}: {error}") from error
+        if simulation.ray_address is not None:
+            require_cluster(simulation.ray_address)
         manifest = pinned(manifest)
         keep_to(simulation)
         model = resident(manifest)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ import psutil
 from common.config.simulation import SimulationSection
 from common.errors import RunError
 
-__all__ = ["SLOTS", "cluster_size", "end_workers", "start_workers", "worker_begins", "worker_starts"]
+__all__ = ["SLOTS", "cluster_size", "end_workers", "require_cluster", "start_workers", "worker_begins", "worker_starts"]
 
 # Environment variable with `sys.path` of the process that started the workers, as JSON.
 PATH = "COADAPT_PATH"
@@ -76,13 +77,31 @@ def start_workers(count: int, *, preload: Path | None, slots: Path | None, addre
     except (ConnectionError, ValueError) as error:
         if address is None:
             raise
-        raise RunError(
-            f"simulation.ray_address: no Ray cluster answers at {address}; start one with `ray start --head`"
-        ) from error
+        raise _no_cluster(address) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in ours.items():
                 signal.signal(number, handler)
+
+
+def require_cluster(address: str) -> None:
+    """See that something listens at HOST:PORT: Ray itself would look for it for minutes.
+
+    Raises:
+        RunError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address) from error
+
+
+def _no_cluster(address: str) -> RunError:
+    return RunError(
+        f"simulation.ray_address: no Ray cluster answers at {address}; `ray start --head` starts one and says its"
+        " address"
+    )
 
 
 def cluster_size(section: SimulationSection) -> tuple[int, float]:

@@ -15,7 +15,7 @@ import tomli_w
 
 from common.config.distillation import Share
 from common.config.manifest import Manifest
-from common.config.section import Commit, ImportPath, Name, Section, Sha256
+from common.config.section import Address, Commit, ImportPath, Name, Section, Sha256
 
 __all__ = ["KnownKey", "annotated", "annotated_document", "known_keys", "shown"]
 
@@ -35,6 +35,7 @@ _PATTERN_IN_WORDS = {
         (Commit, "text of 40 hex digits in lower case"),
         (ImportPath, "text 'module:function', an import path"),
         (Share, "text '1/N', N from 1 to 999"),
+        (Address, "text 'HOST:PORT'"),
         (Name, "text of 1 to 64 letters, digits, '.', '_' or '-' that begins with a letter or digit"),
     )
 }

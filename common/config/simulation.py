@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.config.section import FileName, Fraction, ImportPath, Name, Section
+from common.config.section import Address, FileName, Fraction, ImportPath, Name, Section
 
 __all__ = ["SimulationSection"]
 
@@ -48,9 +48,8 @@ class SimulationSection(Section):
     slots_per_gpu: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="workers on each GPU; auto: as many as its memory holds"
     )
-    ray_address: str | None = Field(
+    ray_address: Address | None = Field(
         None,
-        min_length=1,
         description="address of a running Ray cluster, HOST:PORT; its machines need this Coadapt, the base, and"
         " this machine's temporary folder and runs under the same paths; none: Ray is started here for the run",
     )
