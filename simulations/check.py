@@ -121,12 +121,12 @@ def _memory(manifest: Manifest, model: Resident, sites: int | None) -> list[tupl
     plan = plan_workers(manifest, manifest.simulation, model, sites=sites)
     needed = plan.footprint.at(plan.slots[0].records)
     how = "measured" if plan.footprint.measured else "an estimate"
-    would = would_need(manifest, model, on_gpu=plan.devices[0].index is not None)
+    would = would_need(manifest, model, on_gpu=plan.devices[0].is_gpu)
     others = [f"{size_text(each.at(plan.slots[0].records))} with {name}" for name, each in would.items()]
     rows = [("memory", f"about {size_text(needed)} for a site that trains ({how})")]
     if others:
         rows.append(("would need", f"by formula {'; '.join(others)}"))
-    rows.append(("workers", f"{plan.workers} with {plan.threads} threads each"))
+    rows.append(("workers", f"{plan.workers} with {plan.threads} {'thread' if plan.threads == 1 else 'threads'} each"))
     return [*rows, *(("", line) for line in plan.lines())]
 
 

@@ -171,17 +171,14 @@ def footprint_for(manifest: Manifest, model: Resident, devices: list[Device], *,
     Raises:
         RunError: it cannot be measured.
     """
-    guess = estimated(manifest, model, on_gpu=_real(devices))
+    on_gpu = any(device.is_gpu for device in devices)
+    guess = estimated(manifest, model, on_gpu=on_gpu)
     records = physical_records(manifest.training)
-    if not _real(devices) and sum(device.memory for device in devices) > MARGIN * workers * guess.at(records):
+    if not on_gpu and sum(device.memory for device in devices) > MARGIN * workers * guess.at(records):
         return guess
     if guess.at(1) > psutil.virtual_memory().available + max(device.memory for device in devices):
         return guess  # not even a measurement would fit
     return measured(manifest)
-
-
-def _real(devices: list[Device]) -> bool:
-    return any(device.index is not None and not device.emulated for device in devices)
 
 
 def measured(manifest: Manifest) -> Footprint:

@@ -40,7 +40,7 @@ def plan_workers(manifest: Manifest, section: SimulationSection, model: Resident
         batch=records,
         workers=section.workers,
         slots_per_gpu=section.slots_per_gpu,
-        would=would_need(manifest, model, on_gpu=devices[0].index is not None),
+        would=would_need(manifest, model, on_gpu=devices[0].is_gpu),
     )
 
 

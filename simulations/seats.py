@@ -66,7 +66,7 @@ class Seats:
                 {
                     **asdict(slot),
                     "visible": visible(device),
-                    "card": device.index if _is_gpu(plan, slot.device) else None,
+                    "card": device.index if device.is_gpu else None,
                     "bytes": share,
                 }
             )
@@ -104,10 +104,6 @@ class Seats:
                 write_text(self.folder / f"open-{slot.device}", str(left))
                 return slot.device, left
         return None
-
-
-def _is_gpu(plan: Plan, device: int) -> bool:
-    return plan.devices[device].index is not None and not plan.devices[device].emulated
 
 
 def _told(folder: Path, number: int) -> dict[str, Any] | None:

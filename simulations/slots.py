@@ -44,6 +44,11 @@ class Device:
     index: int | None = None
     emulated: bool = False
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether workers compute on a card there; not on the machine, nor where a card is emulated."""
+        return self.index is not None and not self.emulated
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -98,7 +103,7 @@ class Plan:
     @property
     def gpu_share(self) -> float:
         """GPUs for each worker, where they are told apart by nothing else; 0 without (real) ones."""
-        gpus = sum(device.index is not None and not device.emulated for device in self.devices)
+        gpus = sum(device.is_gpu for device in self.devices)
         return gpus / self.workers if gpus else 0.0
 
     def on(self, device: int) -> int:
