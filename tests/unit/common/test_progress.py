@@ -9,9 +9,11 @@ import pytest
 from common.errors import RunError
 from common.progress import (
     BaselineFinished,
+    BatchHalved,
     Event,
     EventLog,
     PhaseStarted,
+    ResourcesUsed,
     RoundFinished,
     RoundLost,
     RoundRejected,
@@ -21,8 +23,10 @@ from common.progress import (
     RunStopped,
     SiteFailed,
     SiteFinished,
+    SlotClosed,
     StageFinished,
     SumOpened,
+    WorkersPlanned,
     read_events,
 )
 
@@ -46,6 +50,10 @@ EVENTS: list[Event] = [
     RoundLost(round=1, reason="too few sites"),
     RoundValidated(round=0, figures={"accuracy": 0.5, "loss": 1 / 3}),
     BaselineFinished(baseline="local:a", figures={}),
+    WorkersPlanned(workers=2, plan=("CPU: 2 workers",)),
+    ResourcesUsed(processors=0.5, memory=3, gpus=(0.25, 1.0), gpu_memory=(7, 9)),
+    BatchHalved(round=1, site="a", before=8, after=4),
+    SlotClosed(round=1, site="a", device="GPU 0", left=1),
     RunStopped(status="failed", reason="no space"),
 ]
 
