@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-# Three processes, each with whole files of tests: on two cores one of them mostly waits for processes that it started.
-PARALLEL := -n 3 --dist loadfile
+# Two processes, each with whole files of tests.
+PARALLEL := -n 2 --dist loadfile
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1

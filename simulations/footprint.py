@@ -2,9 +2,9 @@
 
     python -m simulations.footprint < federation.json
 
-loads the base of a manifest, trains two steps on made-up records of the longest length with a quarter of the physical
-batch, and two with the half, measures on a batch of them, and prints a footprint as JSON. Everything is the code that
-a site runs; only the records are made up.
+loads the base of a manifest, trains two steps on made-up records of the longest length with half of the physical batch,
+and two with the whole (a quarter and half where memory may not do), measures on a batch of them, and prints a footprint
+as JSON. Everything is the code that a site runs; only the records are made up.
 """
 
 import contextlib
@@ -223,7 +223,11 @@ def _measure(manifest: Manifest) -> Footprint:
     base = sum(parameter.nbytes for parameter in model.model.parameters() if not parameter.requires_grad)
     trained = sum(parameter.nbytes for parameter in model.model.parameters() if parameter.requires_grad)
     records = physical_records(manifest.training)
-    small, large = max(1, records // 4), max(1, records // 2)
+    # What is measured with the whole batch needs no extrapolation; where that may not fit, half of it must do.
+    free = torch.cuda.mem_get_info()[0] if meter.on_gpu else psutil.virtual_memory().available
+    if estimated(manifest, model, on_gpu=meter.on_gpu).at(records) > free / 2:
+        records = max(1, records // 2)
+    small, large = max(1, records // 2), records
     peaks = []
     for size in (small, large):
         _train(manifest, model, _examples(manifest, model, size))

@@ -14,7 +14,7 @@ from simulations.tiny_base import make_causal, make_encoder
 
 torch.set_num_threads(1)
 
-# How long an example takes says nothing here: three processes share two cores.
+# How long an example takes says nothing here: two processes share two cores.
 settings.register_profile("coadapt", deadline=None)
 settings.load_profile("coadapt")
 

@@ -136,7 +136,7 @@ print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 def test_the_footprint_says_what_a_training_with_all_records_at_once_takes(
     manifest_for: Manifests, tmp_path: Path, private: bool
 ) -> None:
-    """Measured with a quarter and a half of the records; the whole is within 15 % of what is then used."""
+    """Measured in one process, used in another: within 15 %."""
     base = make_encoder(tmp_path / "wide", width=256, layers=4)
     manifest = manifest_for(
         model={"base": str(base)},
