@@ -22,6 +22,7 @@ from client.training.together import flat, join, unflat
 from common.adapters import train_only, trained_parameters
 from common.config.manifest import Manifest
 from common.config.training import TrainingSection
+from common.errors import TrainingError
 from common.randomness import seed_dropout
 from common.tasks.task import Example
 
@@ -84,7 +85,8 @@ def _parts(connection: Connection, model: nn.Module, own: Sums, undo: Callable[[
         order = connection.recv()
         if isinstance(order, Begin):
             return order
-        assert isinstance(order, Part)  # noqa: S101 - the vault says nothing else
+        if not isinstance(order, Part):
+            raise TrainingError(f"the vault asked for {type(order).__name__}, which a further process does not know")
         given = flat(parameters)
         dist.broadcast(given, 0)
         with torch.no_grad():
